@@ -1,0 +1,28 @@
+"""Gram update: `G += X'X`, lower triangle only, accumulated in float32."""
+
+from __future__ import annotations
+
+import torch
+
+# Enough stripes that the wasted upper parts of the diagonal blocks cost little,
+# few enough that each product stays large: 8 was the knee on d = 1024 ... 11008.
+STRIPES = 8
+# Rows are cast to float32 this many at a time, which bounds the copy.
+ROWS = 8192
+
+
+def gram_update_(lower_II: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    """Add `x_TI' x_TI` to the lower triangle of `lower_II` (float32, in place).
+
+    `x_TI` has any float dtype: products of two half-precision values are exact in float32.
+    Entries above the diagonal of `lower_II` are left undefined. Half of the matrix costs about
+    half of the flops of the full product.
+    """
+    width = lower_II.shape[0]
+    stripe = -(-width // STRIPES)
+    for rows_TI in x_TI.split(ROWS):
+        rows_TI = rows_TI.float()
+        for start in range(0, width, stripe):
+            end = min(start + stripe, width)
+            lower_II[start:, start:end].addmm_(rows_TI[:, start:].T, rows_TI[:, start:end])
+    return lower_II

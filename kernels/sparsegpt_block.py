@@ -1,0 +1,44 @@
+"""The column sweep of SparseGPT inside one block of columns."""
+
+from __future__ import annotations
+
+import torch
+
+from llmprune import masks
+from llmprune.types import Budget
+
+# Columns swept one by one before the rest of the block is brought up to date with one product.
+STEP = 32
+
+
+def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget) -> float:
+    """Prune the rows of `current_BO` (B columns of the matrix, transposed) in order, in place.
+
+    `inverse_t_BB`: the transposed block U' of the inverse factor, lower triangular. `pruned_BO`
+    receives the mask. Returns the sum of e^2 with e = w / U_jj over the pruned entries, which is
+    the increase of the damped loss. Unstructured masks are chosen for the whole block at once, N:M
+    masks just before each group, both on weights that already carry the compensation.
+    """
+    width = len(current_BO)
+    diagonal_B1 = inverse_t_BB.diagonal()[:, None]
+    step = budget.pattern.group or STEP
+    if not budget.pattern.structured:
+        score_BO = (current_BO / diagonal_B1).square()
+        pruned_BO.copy_(masks.select(score_BO.T, budget, by="matrix").T)
+    loss = 0.0
+    for start in range(0, width, step):
+        end = min(start + step, width)
+        if budget.pattern.structured:
+            score_SO = (current_BO[start:end] / diagonal_B1[start:end]).square()
+            pruned_BO[start:end] = masks.select(score_SO.T, budget, by="row").T
+        error_SO = torch.empty_like(current_BO[start:end])
+        for column in range(start, end):
+            error_O = torch.mul(current_BO[column], pruned_BO[column], out=error_SO[column - start])
+            error_O /= diagonal_B1[column]
+            if column + 1 < end:
+                current_BO[column + 1 : end].addr_(inverse_t_BB[column + 1 : end, column], error_O, alpha=-1)
+        if end < width:
+            current_BO[end:].addmm_(inverse_t_BB[end:, start:end], error_SO, alpha=-1)
+        current_BO[start:end].masked_fill_(pruned_BO[start:end], 0)
+        loss += float(torch.sum(error_SO.square(), dtype=torch.float64))
+    return loss

@@ -1,0 +1,61 @@
+"""One magnitude threshold for the whole model decides how much each matrix loses."""
+
+from __future__ import annotations
+
+import torch
+
+from llmprune.allocation import Weights
+from llmprune.types import Budget, MatrixSpec, UserError
+
+_LOW_BITS = 16
+
+
+def global_magnitude(specs: list[MatrixSpec], budget: Budget, weights: Weights) -> dict[str, Budget]:
+    """Amounts under which magnitude pruning per matrix is magnitude pruning of the model as a whole.
+
+    The k-th smallest |w| is found exactly by radix selection over the float32 bit patterns, whose
+    order is that of the values: two passes over the weights and two histograms, whatever the size
+    of the model. Ties at the threshold go to the matrices in model order. Raises UserError for an
+    N:M pattern, which fixes the amount of every matrix.
+    """
+    if budget.pattern.structured:
+        raise UserError(
+            f"allocation 'global' needs a sparsity: the pattern {budget.pattern} fixes every matrix's amount"
+        )
+    left = budget.pruned_of(sum(spec.count for spec in specs))
+    if left == 0:
+        return dict.fromkeys((spec.name for spec in specs), Budget(0.0))
+    high, left = _bucket(_histogram(weights, None), left)
+    low, left = _bucket(_histogram(weights, high), left)
+    threshold = high << _LOW_BITS | low
+    amounts = {}
+    for spec, weight_OI in weights():
+        bits = _bits(weight_OI)
+        ties = min(int((bits == threshold).sum()), left)
+        left -= ties
+        amounts[spec.name] = Budget((int((bits < threshold).sum()) + ties) / spec.count)
+    return amounts
+
+
+def _bits(weight_OI: torch.Tensor) -> torch.Tensor:
+    return weight_OI.abs().contiguous().view(torch.int32).reshape(-1)
+
+
+def _histogram(weights: Weights, high: int | None) -> torch.Tensor:
+    """Counts of the upper halves of the bit patterns, or of the lower halves where the upper one is `high`."""
+    counts = torch.zeros(1 << _LOW_BITS, dtype=torch.int64)
+    for _, weight_OI in weights():
+        bits = _bits(weight_OI)
+        if high is not None:
+            bits = bits[bits >> _LOW_BITS == high] & (1 << _LOW_BITS) - 1
+        else:
+            bits = bits >> _LOW_BITS
+        counts += torch.bincount(bits.cpu(), minlength=1 << _LOW_BITS)
+    return counts
+
+
+def _bucket(counts: torch.Tensor, rank: int) -> tuple[int, int]:
+    """The bucket that holds the `rank`-th smallest (from 1), and its rank inside that bucket."""
+    cumulative = counts.cumsum(0)
+    bucket = int(torch.searchsorted(cumulative, rank))
+    return bucket, rank - int(cumulative[bucket] - counts[bucket])

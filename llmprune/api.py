@@ -1,0 +1,124 @@
+"""The Python interface: `prune` and `evaluate`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmprune import calibration
+from llmprune.job import Job
+from llmprune.memory import PeakMemory
+from llmprune.progress import Reporter
+from llmprune.recipe import Recipe, load_recipe
+from llmprune.types import UserError
+
+# Short names of the recipe keys that people set most; everything else goes by its dotted key.
+SHORT = {
+    "samples": "calibration.samples",
+    "seqlen": "calibration.seqlen",
+    "batch_size": "engine.batch_size",
+    "schedule": "engine.schedule",
+    "device": "engine.device",
+    "dtype": "engine.dtype",
+}
+
+
+@dataclass
+class Result:
+    """A pruned model: its report, and the model itself, loaded from disk when first asked for."""
+
+    report: dict[str, Any]
+    folder: Path | None
+    trust_remote_code: bool = False
+    _model: PreTrainedModel | None = field(default=None, repr=False)
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        if self._model is not None:
+            return self._model
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            self.folder, trust_remote_code=self.trust_remote_code
+        )
+        return loaded
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    *,
+    out: str | Path | None = None,
+    recipe: str | Path | None = None,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Result:
+    """Prune a causal language model.
+
+    `model`: a folder, a Hub id (`@REVISION` allowed), or a loaded model, which is changed in place.
+    `out`: the folder to write; needed for a path, optional for a loaded model. `calibration`: a text
+    SPEC, or token ids as lists, tensors or dicts with `input_ids` and `attention_mask`. `settings` are
+    recipe keys: `method`, `sparsity` (fraction of zeros), `pattern` ("2:4" keeps 2 of 4), `samples`,
+    `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest.
+
+    Returns the report and the model. Raises UserError for wrong input, before anything is written,
+    and RunError when the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
+    """
+    started = time.perf_counter()
+    chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
+    if isinstance(calibration, str):
+        chosen["calibration.source"] = calibration
+        calibration = None
+    if not isinstance(model, PreTrainedModel):
+        chosen["model"] = str(model)
+        if out is None and not dry_run:
+            raise UserError("say where the pruned model goes: out=FOLDER")
+    ready = load_recipe(Path(recipe) if recipe else None, chosen)
+    with PeakMemory() as memory:
+        job = Job(ready, None if isinstance(model, str | Path) else model, tokenizer, calibration, out)
+        job.check(resume=resume, overwrite=overwrite)
+        if dry_run:
+            return Result(job.describe_plan(), None)
+        return job.run(reporter or Reporter(quiet=True), memory, started, resume=resume)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    *,
+    perplexity: str | list[str] = (),  # type: ignore[assignment]
+    tokenizer: Any = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a model. `perplexity`: text SPECs; `options`: see `llmprune.eval.perplexity.measure`."""
+    from llmprune.eval.perplexity import measure, open_model
+
+    specs = [perplexity] if isinstance(perplexity, str) else list(perplexity)
+    if not specs:
+        raise UserError("say what to measure: perplexity=['file:text.txt'], for example")
+    trust = options.pop("trust_remote_code", False)
+    loaded, words = open_model(
+        model,
+        tokenizer,
+        dtype=options.pop("dtype", "auto"),
+        device=options.pop("device", "auto"),
+        trust_remote_code=trust,
+    )
+    name = model if isinstance(model, str | Path) else type(model).__name__
+    return {"model": str(name), "perplexity": {spec: measure(loaded, words, spec, **options) for spec in specs}}
+
+
+__all__ = ["Recipe", "Result", "calibration", "evaluate", "prune"]

@@ -1,0 +1,1 @@
+"""Finding the parts of a model that can be pruned."""

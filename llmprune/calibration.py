@@ -1,0 +1,210 @@
+"""Text in, batches of tokens out: for calibration and for perplexity alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.types import UserError
+
+# Hub datasets behind the short names: (dataset, config, train split, evaluation split, field).
+CORPORA = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", "text"),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", "sentence"),
+    "c4": ("allenai/c4", "en", "train", "validation", "text"),
+}
+# C4 is read from its first shards only: the whole of it is 800 GB.
+C4_DOCUMENTS = 20_000
+LARGEST_LENGTH = 1_000_000
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sequences of token ids ready for the model, and where they came from.
+
+    `sequences` may differ in length; padding has been removed, so none ever reaches a statistic.
+    """
+
+    sequences: list[torch.Tensor]
+    source: str
+    bos: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(len(one) for one in self.sequences)
+
+    def digest(self) -> str:
+        """A hash of the token ids, in order."""
+        digest = hashlib.sha256()
+        for one in self.sequences:
+            digest.update(len(one).to_bytes(8, "little"))
+            digest.update(one.to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, size: int) -> list[torch.Tensor]:
+        """At most `size` sequences a batch, all of one length, in a fixed order."""
+        by_length: dict[int, list[torch.Tensor]] = {}
+        for one in self.sequences:
+            by_length.setdefault(len(one), []).append(one)
+        return [
+            torch.stack(group[start : start + size])
+            for _, group in sorted(by_length.items(), reverse=True)
+            for start in range(0, len(group), size)
+        ]
+
+
+def read_documents(spec: str, *, split: str = "train") -> list[str]:
+    """The documents that a text SPEC names; raises UserError if it cannot be read.
+
+    `file:PATH[:FIELD]` (.txt, .jsonl, .json, .parquet), `hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]`,
+    `wikitext2`, `c4`, `ptb`, or `demo`, the text that comes with the package.
+    """
+    if spec == "demo":
+        name = "calibration.txt" if split == "train" else "eval.txt"
+        return [resources.files("llmprune.demo").joinpath(name).read_text(encoding="utf-8")]
+    kind, _, rest = spec.partition(":")
+    if kind == "file" and rest:
+        return _read_file(rest)
+    if spec in CORPORA:
+        dataset, config, train, evaluation, field = CORPORA[spec]
+        return _read_hub(dataset, config, train if split == "train" else evaluation, field)
+    if kind == "hub" and rest:
+        dataset, config, chosen, field = [*rest.split(":"), "", "", ""][:4]
+        return _read_hub(dataset, config or None, chosen or split, field or "text")
+    hint = f"; for a file write file:{spec}" if Path(spec).exists() else ""
+    raise UserError(
+        f"text {spec!r} is not understood{hint}. Give file:PATH[:FIELD], hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], "
+        f"{', '.join(CORPORA)} or demo"
+    )
+
+
+def _read_file(rest: str) -> list[str]:
+    path, field = Path(rest), ""
+    if not path.is_file() and ":" in rest:
+        head, _, field = rest.rpartition(":")
+        path = Path(head)
+    if not path.is_file():
+        raise UserError(f"there is no text file {str(path)!r}")
+    field = field or "text"
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            return _field(rows, field, path)
+        if path.suffix == ".json":
+            return _field(json.loads(path.read_text(encoding="utf-8")), field, path)
+        if path.suffix == ".parquet":
+            return _field(
+                _datasets("parquet files").load_dataset("parquet", data_files=str(path), split="train"), field, path
+            )
+        return [path.read_text(encoding="utf-8")]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
+
+
+def _field(rows: Iterable[Any], field: str, path: object) -> list[str]:
+    documents = []
+    for number, row in enumerate(rows, 1):
+        text = row if isinstance(row, str) else row.get(field) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            have = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise UserError(f"row {number} of {path} has no text in the field {field!r}{have}; name it as SPEC:FIELD")
+        documents.append(text)
+    return documents
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"reading {what} needs the package datasets: pip install 'llmprune[eval]'") from error
+    return datasets
+
+
+def _read_hub(dataset: str, config: str | None, split: str, field: str) -> list[str]:
+    library = _datasets(dataset)
+    streaming = dataset == CORPORA["c4"][0]
+    try:
+        rows = library.load_dataset(dataset, config, split=split, streaming=streaming)
+        return _field(rows.take(C4_DOCUMENTS) if streaming else rows, field, dataset)
+    except (ValueError, OSError, library.exceptions.DatasetsError) as error:
+        raise UserError(f"the dataset {dataset!r} cannot be loaded: {error}") from error
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself begins a text with its BOS token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
+    """All documents, joined by two newlines, as one row of ids without special tokens."""
+    text = "\n\n".join(one for one in documents if one.strip())
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+
+
+def windows(ids: torch.Tensor, length: int, bos: int | None) -> torch.Tensor:
+    """Cut a row of ids into windows laid end to end, each begun with BOS if given; the rest is dropped."""
+    fresh = length - (bos is not None)
+    count = len(ids) // fresh
+    cut = ids[: count * fresh].view(count, fresh)
+    return cut if bos is None else torch.cat([torch.full((count, 1), bos), cut], 1)
+
+
+def sample(
+    spec: str,
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    read: Callable[[str], list[str]] = read_documents,
+) -> Tokens:
+    """Draw `samples` windows of `length` tokens from the text that `spec` names.
+
+    The text is cut end to end and windows are drawn without repeats, so no token counts twice.
+    Fewer windows than asked for: all there are, with a warning. Less than one: UserError.
+    """
+    ids = tokenize(read(spec), tokenizer)
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    cut = windows(ids, length, bos)
+    if not len(cut):
+        need = length - (bos is not None)
+        raise UserError(
+            f"the calibration text {spec!r} has {len(ids)} tokens, {need - len(ids)} too few for one sequence of "
+            f"{length}; give more text, or a smaller --seqlen"
+        )
+    warnings = []
+    if len(cut) < samples:
+        warnings.append(
+            f"the calibration text holds {len(cut)} sequences of {length} tokens, not {samples}; all are used"
+        )
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:samples]
+    return Tokens(list(cut[order]), spec, bos is not None, tuple(warnings))
+
+
+def given(data: Any) -> Tokens:
+    """Take token ids that the caller made: lists, a tensor, or dicts with input_ids and attention_mask.
+
+    Positions that an attention mask excludes are removed here, once and for all.
+    """
+    sequences = []
+    for number, row in enumerate(data):
+        mask = row.get("attention_mask") if isinstance(row, dict) else None
+        ids = torch.as_tensor(row["input_ids"] if isinstance(row, dict) else row, dtype=torch.int64)
+        rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        masks = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).view(rows.shape)
+        kept = [one[keep.bool()] for one, keep in zip(rows, masks, strict=True)]
+        if any(not len(one) for one in kept):
+            raise UserError(f"calibration sequence {number} is empty")
+        sequences.extend(kept)
+    if not sequences:
+        raise UserError("the calibration data is empty")
+    return Tokens(sequences, "token ids given by the caller", False)

@@ -1,0 +1,212 @@
+"""The folder a run writes: durable, resumable, and never half-finished under its final name.
+
+Everything goes to `DIR.partial/`: one safetensors file a unit, and a journal that says which units
+are whole. When all is there, it is renamed to `DIR`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from llmprune.checkpoint.source import INDEX_NAME, SINGLE_NAME, Checkpoint
+from llmprune.types import RunError, UserError
+
+REPORT_NAME = "llmprune.json"
+JOURNAL_NAME = "journal.jsonl"
+LOCK_NAME = "lock"
+# Below this many bytes the parts are joined into one file, as a user expects of a small model.
+JOIN_BYTES = 512 * 2**20
+
+
+class Output:
+    """The output of one run. `open` claims the folder; `finish` gives it its final name."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
+        self.partial = folder.with_name(folder.name + ".partial")
+        self.fingerprint = fingerprint
+        self.records: dict[str, dict[str, Any]] = {}
+        self._lock: Any = None
+
+    def check(self, *, source: Path | None, resume: bool, overwrite: bool) -> None:
+        """Refuse, before any work, what must not be written over; raises UserError."""
+        target = self.folder.resolve()
+        if source is not None and (target == source.resolve() or source.resolve() in target.parents):
+            raise UserError(f"the output {self.folder} lies in the input folder, which is never written to")
+        if self.folder.exists() and not overwrite and not (resume and self.is_finished()):
+            raise UserError(f"{self.folder} exists; choose another --out, or pass --overwrite to replace it")
+        if self.partial.exists() and not resume and not overwrite:
+            raise UserError(
+                f"{self.partial} holds an unfinished run; pass --resume to go on with it, or --overwrite to start again"
+            )
+        parent = next(one for one in target.parents if one.exists())
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} cannot be written to; choose another --out")
+
+    def is_finished(self) -> bool:
+        """Whether the final folder holds the very run that is asked for."""
+        try:
+            report = json.loads((self.folder / REPORT_NAME).read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(report, dict) and report.get("fingerprint") == self.fingerprint
+
+    def open(self, *, resume: bool) -> None:
+        """Create or reopen the partial folder and lock it; raises UserError if it belongs to another run."""
+        if not resume:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.partial / LOCK_NAME).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another run is writing to {self.partial}; wait for it, or choose another --out"
+            ) from error
+        lines = self._read_journal()
+        if lines and lines[0].get("fingerprint") != self.fingerprint:
+            raise UserError(
+                f"{self.partial} was begun with another recipe, model, calibration text or version; "
+                "repeat that run's options to resume it, or pass --overwrite to start again"
+            )
+        if not lines:
+            self._append({"fingerprint": self.fingerprint})
+        self.records = {line["unit"]: line for line in lines[1:] if self._is_whole(line)}
+
+    def write(
+        self, unit: str, place: tuple[int, int], tensors: dict[str, torch.Tensor], record: dict[str, Any]
+    ) -> None:
+        """Write the tensors of a unit, check them against the bytes on disk, and enter it in the journal.
+
+        `place`: the number of this file, from 1, and how many there will be.
+        """
+        name = f"model-{place[0]:05d}-of-{place[1]:05d}.safetensors"
+        if tensors:
+            self._save(name, tensors)
+            self._compare(name, tensors)
+        line = {"unit": unit, "file": name if tensors else None, "bytes": _size(tensors), **record}
+        self._append(line)
+        self.records[unit] = line
+
+    def written(self, unit: str) -> Checkpoint | None:
+        """The stored tensors of a finished unit, for running through it again."""
+        name = self.records[unit]["file"]
+        return Checkpoint.of_file(self.partial / name) if name else None
+
+    def finish(
+        self,
+        add_files: Callable[[Path], None],
+        describe: Callable[[Path], dict[str, Any]],
+    ) -> None:
+        """Complete the folder and rename it to its final name.
+
+        `add_files` puts config and tokenizer beside the weights, `describe` checks the folder and
+        returns the report. Whatever is killed here can be repeated: the parts go last.
+        """
+        spent = self._join_or_index()
+        add_files(self.partial)
+        report = {"fingerprint": self.fingerprint, **describe(self.partial)}
+        (self.partial / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+        for name in [*spent, JOURNAL_NAME, LOCK_NAME]:
+            (self.partial / name).unlink(missing_ok=True)
+        replaced = self.folder.with_name(self.folder.name + ".replaced")
+        if self.folder.exists():
+            self.folder.rename(replaced)
+        self.partial.rename(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        self._lock.close()
+
+    def _join_or_index(self) -> list[str]:
+        """Make the parts a checkpoint: one joined file if they are small, else an index over them.
+
+        Returns the files that are not needed any more afterwards.
+        """
+        parts = {line["file"]: Checkpoint.of_file(self.partial / line["file"]) for line in self._with_files()}
+        total = sum(line["bytes"] for line in self._with_files())
+        if not parts:
+            return []
+        if total <= JOIN_BYTES:
+            self._save(SINGLE_NAME, {key: part.tensor(key) for part in parts.values() for key in part.entries})
+            return list(parts)
+        weight_map = {key: name for name, part in parts.items() for key in part.entries}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.partial / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+        return []
+
+    def _with_files(self) -> list[dict[str, Any]]:
+        return sorted((line for line in self.records.values() if line["file"]), key=lambda line: str(line["file"]))
+
+    def _save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        path = self.partial / name
+        temporary = path.with_suffix(".writing")
+        try:
+            save_file({key: one.contiguous() for key, one in tensors.items()}, temporary, metadata={"format": "pt"})
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"cannot write {path}: {error}") from error
+
+    def _compare(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        stored = Checkpoint.of_file(self.partial / name)
+        for key, tensor in tensors.items():
+            found = stored.tensor(key)
+            if found.dtype != tensor.dtype or not torch.equal(_bits(found), _bits(tensor.cpu())):
+                raise RunError(f"{self.partial / name} does not hold the tensor {key!r} that was written to it")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        try:
+            with (self.partial / JOURNAL_NAME).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write the journal in {self.partial}: {error}") from error
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The whole lines of the journal; a kill can only have torn the last one, which is cut off."""
+        path = self.partial / JOURNAL_NAME
+        if not path.is_file():
+            return []
+        text = path.read_text()
+        lines = []
+        for line in text.splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+    def _is_whole(self, line: dict[str, Any]) -> bool:
+        """Whether the file of a journal line is there and complete."""
+        if line["file"] is None:
+            return True
+        try:
+            return _size_on_disk(self.partial / line["file"]) == line["bytes"]
+        except UserError:
+            return False
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as bytes: NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _size(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors.values())
+
+
+def _size_on_disk(path: Path) -> int:
+    return sum(entry.bytes for entry in Checkpoint.of_file(path).entries.values())

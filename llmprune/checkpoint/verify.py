@@ -1,0 +1,50 @@
+"""Is what was written a model that plain transformers loads?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmprune.memory import available
+from llmprune.types import RunError
+
+# The copy that is loaded for the check may take this share of the free memory.
+SHARE = 0.25
+
+
+def verify(
+    folder: Path, expected: PreTrainedModel | None, unused: list[str], *, trust_remote_code: bool = False
+) -> str:
+    """Reload `folder` with plain `from_pretrained`; compare logits with `expected` if that is in memory.
+
+    A checkpoint too large for a second copy is not reloaded: its bytes were compared as they were
+    written. Returns what was done, for the report. Raises RunError if the model is not what was pruned.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    if size > SHARE * available():
+        return "bytes compared; too large to reload here"
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    strange = sorted(set(info["unexpected_keys"]) - set(unused))
+    lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if strange or lost:
+        raise RunError(f"the saved model does not load plainly: missing {lost[:3]}, unexpected {strange[:3]}")
+    ids = torch.arange(1, 9).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    logits = _logits(model, ids)
+    if not bool(torch.isfinite(logits).all()):
+        raise RunError("the saved model gives NaN or infinity")
+    if expected is not None:
+        gap = float((logits - _logits(expected, ids)).abs().max())
+        if gap > 1e-3 * max(float(logits.abs().max()), 1.0):
+            raise RunError(f"the saved model's logits differ from those in memory by {gap:.2e}")
+        return "reloaded; logits equal those in memory"
+    return "reloaded; bytes compared"
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device)).logits
+    return logits.float().cpu()

@@ -1,0 +1,1 @@
+"""Running the model layer by layer, without knowing any model."""

@@ -1,0 +1,153 @@
+"""Run a module on captured inputs and gather the statistics of every product in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmprune.arch.discover import expert_blocks
+from llmprune.engine.observe import Observe, Product, input_key
+from llmprune.statistics import Stats
+from llmprune.types import RunError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(BaseException):
+    """Raised inside a forward once every product has been seen: the rest of it would be wasted."""
+
+
+class Collector:
+    """Statistics of the inputs of `wanted` parameters, shared between products that read the same tensor."""
+
+    def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str]) -> None:
+        self._wanted = wanted
+        self._kinds = kinds
+        self._seen: list[Product] = []
+        self._observe = Observe(wanted, self._see)
+        self._muted = False
+        self._enough: int | None = None
+        self.stats: dict[str, Stats] = {}
+        self.transposed: dict[str, bool] = {}
+
+    def run(self, module: nn.Module, calls: Iterable[Call], *, all_experts: bool = False) -> None:
+        """Call `module` on every captured `(args, kwargs)`; outputs are dropped."""
+        blocks = [block for _, block in expert_blocks(module)]
+        for number, (args, kwargs) in enumerate(calls):
+            with contextlib.suppress(_Enough), self._observe, _every_token_to_every_expert(self, blocks, all_experts):
+                module(*args, **kwargs)
+            if not blocks:
+                # the first batch tells how many products there are; later ones stop at the last
+                self._enough = len(self._seen)
+            self._accumulate(number)
+
+    def add(self, product: Product, batch: int) -> None:
+        """Take in one product that was seen elsewhere."""
+        self._seen.append(product)
+        self._accumulate(batch)
+
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def _see(self, products: list[Product]) -> None:
+        if self._muted:
+            return
+        self._seen.extend(products)
+        if len(self._seen) == self._enough:
+            raise _Enough
+
+    def _accumulate(self, batch: int) -> None:
+        # a matrix used twice has two inputs; matrices with the same inputs share their statistics
+        inputs: dict[str, list[Product]] = {}
+        for product in self._seen:
+            if not len(product.x_TI):
+                continue
+            inputs.setdefault(product.name, []).append(product)
+            self.transposed.setdefault(product.name, product.transposed)
+        groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
+        for name, products in inputs.items():
+            groups.setdefault(tuple(input_key(one.x_TI) for one in products), []).append(name)
+        for names in groups.values():
+            stats = self._shared(names, inputs[names[0]][0].x_TI)
+            for product in inputs[names[0]]:
+                check_finite(product.x_TI, product.name, batch)
+                stats.update(product.x_TI)
+        self._seen.clear()
+
+    def _shared(self, names: list[str], x_TI: torch.Tensor) -> Stats:
+        known = {id(self.stats[name]) for name in names if name in self.stats}
+        if len(known) > 1:
+            raise RunError(f"{', '.join(names)} share an input in one batch and not in another; exclude one of them")
+        stats = next((self.stats[name] for name in names if name in self.stats), None)
+        stats = stats or Stats(x_TI.shape[1], self._kinds, x_TI.device)
+        for name in names:
+            self.stats[name] = stats
+        return stats
+
+
+def check_finite(x_TI: torch.Tensor, name: str, batch: int) -> None:
+    """Stop at NaN or infinity in an input, naming matrix and batch; raises RunError."""
+    # the sum is one cheap pass; it can overflow where no element has, so it only raises suspicion
+    if not bool(torch.isfinite(x_TI.sum())) and not bool(torch.isfinite(x_TI).all()):
+        bad = int((~torch.isfinite(x_TI)).any(1).sum())
+        raise RunError(
+            f"the input of {name} holds NaN or infinity for {bad} of {len(x_TI)} tokens of calibration batch {batch}; "
+            "the checkpoint may be damaged, or the dtype too narrow: try --dtype float32"
+        )
+
+
+@contextlib.contextmanager
+def _every_token_to_every_expert(collector: Collector, blocks: list[nn.Module], wanted: bool) -> Iterator[None]:
+    """While active, expert blocks first process all tokens with each expert, for the statistics alone."""
+    if not wanted:
+        yield
+        return
+    replaying = False
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal replaying
+        if replaying:
+            return
+        replaying = True
+        for expert in range(next(p.shape[0] for p in block.parameters(recurse=False) if p.dim() == 3)):
+            block(
+                *(_to_one_expert(one, args, kwargs, expert) for one in args),
+                **{key: _to_one_expert(one, args, kwargs, expert) for key, one in kwargs.items()},
+            )
+        replaying = False
+        collector._muted = True
+
+    def after(block: nn.Module, args: Any, output: Any) -> None:
+        if not replaying:
+            collector._muted = False
+
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(after).remove)
+        yield
+
+
+def _to_one_expert(value: Any, args: tuple[Any, ...], kwargs: dict[str, Any], expert: int) -> Any:
+    """Replace the routing of an expert block's call: the chosen experts become `expert`, their weights 1."""
+    routing = next((one for one in (*args, *kwargs.values()) if _is_index(one)), None)
+    if routing is None:
+        raise RunError("calibration.all_experts: this model's expert block takes no expert index, so it cannot be had")
+    if value is routing:
+        return torch.full_like(routing[:, :1], expert)
+    if isinstance(value, torch.Tensor) and value.shape == routing.shape:
+        return torch.ones_like(value[:, :1])
+    return value
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()

@@ -1,0 +1,118 @@
+"""See every matrix product at the operator, and know which parameter it reads.
+
+Hooks on nn.Linear miss GPT-2's Conv1D and all fused experts; a function mode that looks at the
+operands of the few product operators misses nothing and names no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+_WEIGHT_SECOND = {
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.bmm,
+    torch.Tensor.bmm,
+}
+_WEIGHT_THIRD = {
+    torch.addmm,
+    torch.Tensor.addmm,
+    torch.baddbmm,
+    torch.Tensor.baddbmm,
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One observed matrix product: `weight` (slice `index`) was applied to `x_TI`."""
+
+    parameter: str
+    index: int | None
+    transposed: bool
+    x_TI: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return self.parameter if self.index is None else f"{self.parameter}[{self.index}]"
+
+
+class Observe(TorchFunctionMode):
+    """Calls `seen(products)` before each operator that multiplies by one of `parameters`."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], seen: Callable[[list[Product]], None]) -> None:
+        super().__init__()
+        self._seen = seen
+        self.watch(parameters)
+
+    def watch(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Look for these parameters from now on, in place of the former."""
+        self._by_storage = {one.untyped_storage().data_ptr(): (name, one) for name, one in parameters.items()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = _operands(func, args, kwargs or {})
+        if operands is not None:
+            products = list(self._products(*operands))
+            if products:
+                self._seen(products)
+        return func(*args, **(kwargs or {}))
+
+    def _products(self, x: torch.Tensor, w_IO: torch.Tensor) -> Iterator[Product]:
+        """Match the second operand, seen as inputs x outputs, against the parameters."""
+        owner = self._by_storage.get(w_IO.untyped_storage().data_ptr())
+        if owner is None or w_IO.dim() < 2:
+            return
+        name, parameter = owner
+        rows, columns = parameter.shape[-2:]
+        inputs, outputs = w_IO.shape[-2:]
+        row_stride, column_stride = parameter.stride()[-2:]
+        if (inputs, outputs) == (rows, columns) and w_IO.stride()[-2:] == (row_stride, column_stride):
+            transposed = True
+        elif (inputs, outputs) == (columns, rows) and w_IO.stride()[-2:] == (column_stride, row_stride):
+            transposed = False
+        else:
+            return
+        if rows == columns and row_stride == column_stride:
+            transposed = False
+        first = (w_IO.storage_offset() - parameter.storage_offset()) // (rows * columns)
+        if w_IO.dim() == 3:
+            for index in range(w_IO.shape[0]):
+                # a batched product gives every expert all tokens, the foreign ones zeroed: they do not count
+                x_TI = x[index]
+                yield Product(name, first + index, transposed, x_TI[x_TI.abs().amax(-1) > 0])
+        else:
+            index = first if parameter.dim() == 3 else None
+            yield Product(name, index, transposed, x.reshape(-1, inputs))
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The data and the weight, as inputs x outputs, of a product operator; None for every other function."""
+    if func is F.linear:
+        x, weight_OI = _pick(args, kwargs, ("input", "weight"))
+        return (x, weight_OI.mT) if weight_OI.dim() == 2 else None
+    if func in _WEIGHT_SECOND:
+        x, weight = _pick(args, kwargs, ("input", "other" if "matmul" in func.__name__ else "mat2"))
+        return (x, weight)
+    if func in _WEIGHT_THIRD:
+        batched = "baddbmm" in func.__name__
+        return _pick(args[1:], kwargs, ("batch1", "batch2") if batched else ("mat1", "mat2"))
+    return None
+
+
+def _pick(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    return first, second
+
+
+def input_key(x_TI: torch.Tensor) -> tuple[int, ...]:
+    """Identity of an input while it is alive: two products with equal keys read the same values."""
+    return (x_TI.data_ptr(), x_TI._version, *x_TI.shape, *x_TI.stride())

@@ -1,0 +1,198 @@
+"""The two orders in which statistics, solving and the forward pass follow each other.
+
+`layer`: all products of a layer are measured with its dense weights on pruned inputs, the layer is
+solved, and the forward goes on through the pruned layer. Two passes, one layer in memory.
+`module`: the forward stops at each product; it is solved on exactly the input that it will see, and
+the same pass goes on through it. One pass; the inner activations of a layer are held for all batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import nn
+
+from llmprune.arch.discover import Unit, expert_blocks
+from llmprune.engine.collect import Collector
+from llmprune.engine.observe import Observe, Product
+from llmprune.engine.suspend import DONE, Stop, Suspended
+from llmprune.statistics import Stats
+from llmprune.types import RunError
+
+SCHEDULES = ("layer", "module")
+
+
+class Work(Protocol):
+    """What the engine calls back: the pipeline's side of a run."""
+
+    kinds: frozenset[str]
+    all_experts: bool
+
+    def enter(self, unit: Unit) -> None:
+        """The batches stand before `unit`: its weights must be there when this returns."""
+
+    def wanted(self, unit: Unit) -> set[str]:
+        """Names of the matrices of `unit` that are still to be solved."""
+
+    def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
+        """Prune the matrices whose statistics are given."""
+
+    def finish(self, unit: Unit) -> None:
+        """Nothing more will be measured in `unit`."""
+
+    def leave(self, unit: Unit) -> None:
+        """All batches have passed `unit`: its weights may go."""
+
+    def complete(self) -> bool:
+        """Whether every unit is finished, so that the forward need not go on."""
+
+
+def run(model: nn.Module, units: list[Unit], batches: list[Any], schedule: str, work: Work) -> None:
+    """Drive `batches` (keyword arguments of the model) through the model, calling `work` at every unit."""
+    suspended = Suspended(lambda batch: model(**batch, use_cache=False), batches)
+    step = _by_layer if schedule == "layer" else _by_module
+    with suspended, _stops_at(units, suspended):
+        step({unit.name: unit for unit in units}, suspended, work)
+    if not work.complete():
+        missed = [unit.name for unit in units if work.wanted(unit)]
+        raise RunError(f"the forward pass never reached {', '.join(missed) or 'some layers'}")
+
+
+def _by_layer(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
+    suspended.start()
+    while (stop := suspended.place()) is not DONE:
+        unit = units[stop.name]
+        if stop.kind == "unit":
+            work.enter(unit)
+            if work.wanted(unit):
+                collector = Collector(_parameters(unit, work.wanted(unit)), work.kinds)
+                collector.run(unit.module, suspended.payloads(), all_experts=work.all_experts)
+                work.solve(unit, collector.stats, collector.transposed)
+            work.finish(unit)
+        if work.complete():
+            return
+        suspended.advance()
+        if stop.kind == "unit":
+            work.leave(unit)
+
+
+def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
+    """As `_by_layer`, with stops at the products and expert blocks inside the current unit."""
+    current: Unit | None = None
+    inside_blocks: set[str] = set()
+
+    def see(products: list[Product]) -> None:
+        if current is None or not suspended.inside():
+            return
+        for product in products:
+            if product.parameter not in inside_blocks and product.name in work.wanted(current):
+                # a mode is off inside its own handler; on again, every coroutine finds the same stack
+                with observe:
+                    suspended.pause(Stop("product", product.name, product))
+
+    observe = Observe({}, see)
+    last: tuple[Collector, Any] | None = None
+    # forwards end inside the mode in which they were suspended
+    with observe, contextlib.closing(suspended), contextlib.ExitStack() as blocks:
+        suspended.start()
+        while (stop := suspended.place()) is not DONE:
+            if stop.kind in ("unit", "end"):
+                if current is not None:
+                    work.finish(current)
+                    work.leave(current)
+                    blocks.close()
+                if work.complete():
+                    return
+                current = units[stop.name] if stop.kind == "unit" else None
+                if current is not None:
+                    work.enter(current)
+                    observe.watch(_parameters(current, work.wanted(current)))
+                    inside_blocks = _stop_at_blocks(current, suspended, blocks)
+                last = None
+            elif stop.kind == "block":
+                assert current is not None
+                block = current.module.get_submodule(stop.name)
+                wanted = {
+                    name
+                    for name in work.wanted(current)
+                    if name.partition("[")[0].startswith(f"{current.prefix}{stop.name}.")
+                }
+                collector = Collector(_parameters(current, wanted), work.kinds)
+                collector.run(block, suspended.payloads(), all_experts=work.all_experts)
+                work.solve(current, collector.stats, collector.transposed)
+            else:
+                assert current is not None
+                last = _solve_product(current, stop.name, suspended, work, last)
+            if current is not None and not work.wanted(current):
+                work.finish(current)
+                if work.complete():
+                    return
+            suspended.advance()
+
+
+def _solve_product(
+    unit: Unit, name: str, suspended: Suspended, work: Work, last: tuple[Collector, list[Any]] | None
+) -> tuple[Collector, list[Any]]:
+    """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
+    products: list[Product] = list(suspended.payloads())
+    inputs = [product.x_TI for product in products]
+    if last is not None and all(
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
+        for a, b in zip(inputs, last[1], strict=True)
+    ):
+        stats = next(iter(last[0].stats.values()))
+        last[0].stats[name] = stats
+        collector = last[0]
+    else:
+        collector = Collector({}, work.kinds)
+        for number, product in enumerate(products):
+            collector.add(product, number)
+    work.solve(unit, {name: collector.stats[name]}, {name: products[0].transposed})
+    return collector, inputs
+
+
+def _parameter(unit: Unit, name: str) -> nn.Parameter:
+    return unit.module.get_parameter(name.removeprefix(unit.prefix))
+
+
+def _parameters(unit: Unit, matrices: set[str]) -> dict[str, nn.Parameter]:
+    return {s.parameter: _parameter(unit, s.parameter) for s in unit.matrices if s.name in matrices}
+
+
+@contextlib.contextmanager
+def _stops_at(units: list[Unit], suspended: Suspended) -> Iterator[None]:
+    """Suspend forwards at the entrance of every unit, and at the exit of the last."""
+
+    def entrance(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if suspended.inside():
+                suspended.pause(Stop("unit", name, (args, kwargs)))
+
+        return hook
+
+    def exit_of_last(module: nn.Module, args: Any, output: Any) -> None:
+        if suspended.inside():
+            suspended.pause(Stop("end", units[-1].name))
+
+    with contextlib.ExitStack() as stack:
+        for unit in units:
+            handle = unit.module.register_forward_pre_hook(entrance(unit.name), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(units[-1].module.register_forward_hook(exit_of_last).remove)
+        yield
+
+
+def _stop_at_blocks(unit: Unit, suspended: Suspended, stack: contextlib.ExitStack) -> set[str]:
+    """Suspend forwards at the expert blocks of `unit`; returns the parameters inside them."""
+    inside: set[str] = set()
+    for path, block in expert_blocks(unit.module):
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            if suspended.inside():
+                suspended.pause(Stop("block", path, (args, kwargs)))
+
+        stack.callback(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        inside.update(f"{unit.prefix}{path}.{name}" for name, _ in block.named_parameters())
+    return inside

@@ -1,0 +1,310 @@
+"""One pruning job from recipe to finished folder: everything around the loop of `pipeline`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from llmprune import __version__, calibration
+from llmprune.allocation import allocator
+from llmprune.calibration import Tokens
+from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
+from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.verify import verify
+from llmprune.device import choose_device, choose_dtype
+from llmprune.memory import PeakMemory
+from llmprune.methods import make_method
+from llmprune.pipeline import Pruning
+from llmprune.plan import allocate, select_matrices
+from llmprune.progress import Reporter
+from llmprune.recipe import Recipe
+from llmprune.types import MatrixSpec, UserError
+from llmprune.weights import REST, Resident, Streamed, read_matrix
+
+
+class Job:
+    """A checked recipe together with its model, text and output. Creating one reads, but writes nothing."""
+
+    def __init__(
+        self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
+    ) -> None:
+        recipe.budget()
+        self.recipe = recipe
+        self.method = make_method(recipe.method, recipe.options)
+        self._allocator = allocator(recipe.allocation)
+        self._given, self._tokenizer, self._data = model, tokenizer, data
+        self.folder = None if model is not None else resolve(recipe.model)
+        self.checkpoint = None if self.folder is None else Checkpoint(self.folder)
+        if model is not None:
+            check_config(model.config, type(model).__name__)
+            self.config, self.device, self.dtype = model.config, model.device, model.dtype
+            self.model = model
+        else:
+            self.config = load_config(str(self.folder), trust_remote_code=recipe.trust_remote_code)
+            self.device = choose_device(recipe.engine.device)
+            self.dtype = choose_dtype(recipe.engine.dtype, self.config, self.device)
+            self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
+        self.plan = select_matrices(self.model, recipe)
+        self.tokens = self._read_tokens() if self.method.needs else None
+        self.output = None if out is None else Output(Path(out), self.fingerprint())
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Everything that can still be wrong before work starts; raises UserError."""
+        if self.output is not None:
+            self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        weights = self._weights(writing=False)
+        with torch.no_grad():
+            allocate(self.plan, self.recipe, self.method, self._allocator, lambda: self._each_matrix(weights))
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
+        decides = {
+            "recipe": self.recipe.model_dump(exclude={"model"}),
+            "model": self.checkpoint.fingerprint() if self.checkpoint else None,
+            "tokens": self.tokens.digest() if self.tokens else None,
+            "versions": versions(),
+            "device": self.device.type,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Any:
+        """Do it; returns a Result. Raises RunError when something fails on the way."""
+        from llmprune.api import Result
+
+        trust = self.recipe.trust_remote_code
+        if self.output is not None and resume and self.output.is_finished():
+            report = json.loads((self.output.folder / "llmprune.json").read_text())
+            reporter.say(f"{self.output.folder} is already finished")
+            return Result(report, self.output.folder, trust)
+        if self.output is not None:
+            self.output.open(resume=resume)
+        for text in self.tokens.warnings if self.tokens else ():
+            reporter.warn(text)
+        weights = self._weights(writing=True)
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter)
+        done = weights.done()
+        if done:
+            reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
+        known = sum(s.count for u in self.plan.units if u.name in done for s in u.matrices)
+        reporter.start(sum(spec.count for spec in self.plan.specs()), known)
+        try:
+            with torch.no_grad(), self._prepared(weights):
+                if isinstance(weights, Streamed) and REST not in done:
+                    weights.commit_rest()
+                if self.tokens is None:
+                    pruning.run_without_data()
+                else:
+                    pruning.run_on(self.model, self._batches())
+        finally:
+            reporter.stop()
+        records = self.output.records if isinstance(weights, Streamed) and self.output else weights.records
+        if self.output is None:
+            return Result(
+                self._report(records, weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer
+            )
+        self.output.finish(
+            self._add_files,
+            lambda folder: self._report(records, weights, memory, started, self._verify(folder, weights)),
+        )
+        report = json.loads((self.output.folder / "llmprune.json").read_text())
+        return Result(report, self.output.folder, trust, self._given, self._tokenizer)
+
+    def describe_plan(self) -> dict[str, Any]:
+        """What would be done: the answer of a dry run."""
+        specs = self.plan.specs()
+        rows = [
+            {
+                "name": spec.name,
+                "shape": [spec.outputs, spec.inputs],
+                "planned": self.method.planned(spec.outputs, spec.inputs, self.plan.budgets[spec.name]),
+            }
+            for spec in specs
+        ]
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "tensors": rows,
+            "left_alone": self.plan.left_alone,
+            "calibration": self._describe_calibration(),
+            "totals": {"weights": sum(s.count for s in specs), "zeros": sum(int(row["planned"]) for row in rows)},
+        }
+
+    # Parts of a run.
+
+    def _weights(self, *, writing: bool) -> Streamed | Resident:
+        if self.checkpoint is None:
+            return Resident(self.model)
+        output = self.output if writing else None
+        return Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
+
+    @contextlib.contextmanager
+    def _prepared(self, weights: Streamed | Resident) -> Iterator[None]:
+        """The model as calibration needs it; a model of the caller's gets its settings back."""
+        if isinstance(weights, Streamed):
+            with weights.on_demand():
+                yield
+            return
+        training = self.model.training
+        self.model.eval()
+        with run_experts_one_by_one(self.model):
+            yield
+        self.model.train(training)
+
+    def _each_matrix(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+        """Every chosen matrix with its weights, one unit in memory at a time."""
+        for unit in self.plan.units:
+            weights.load(unit)
+            for spec in unit.matrices:
+                if spec.name in self.plan.budgets:
+                    yield spec, read_matrix(unit, spec)
+            weights.free(unit)
+
+    def _read_tokens(self) -> Tokens:
+        settings = self.recipe.calibration
+        if self._data is not None:
+            tokens = calibration.given(self._data)
+        else:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self.folder, self.recipe.trust_remote_code)
+            tokens = calibration.sample(
+                settings.source,
+                self._tokenizer,
+                samples=settings.samples,
+                length=min(settings.seqlen, longest(self.config)),
+                seed=self.recipe.seed,
+            )
+        largest = max(int(one.max()) for one in tokens.sequences)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if largest >= vocabulary:
+            raise UserError(
+                f"the calibration data holds the token {largest}, but the model knows only {vocabulary}: "
+                "the tokenizer does not belong to it"
+            )
+        return tokens
+
+    def _batches(self) -> list[dict[str, Any]]:
+        assert self.tokens is not None
+        return [{"input_ids": one.to(self.device)} for one in self.tokens.batches(self.recipe.engine.batch_size)]
+
+    def _add_files(self, folder: Path) -> None:
+        if self.folder is not None:
+            files = companions(self.folder, code=self.recipe.trust_remote_code)
+            # config.json last: without it nothing takes the folder for a model
+            for path in sorted(files, key=lambda path: path.name == "config.json"):
+                shutil.copyfile(path, folder / path.name)
+        else:
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
+            self.model.save_pretrained(folder)
+
+    def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
+        expected = self.model if isinstance(weights, Resident) else None
+        unused = weights.unused if isinstance(weights, Streamed) else []
+        return verify(folder, expected, unused, trust_remote_code=self.recipe.trust_remote_code)
+
+    def _describe_calibration(self) -> dict[str, Any] | None:
+        if self.tokens is None:
+            return None
+        return {
+            "source": self.tokens.source,
+            "hash": self.tokens.digest(),
+            "sequences": len(self.tokens.sequences),
+            "tokens": self.tokens.total,
+            "longest": max(len(one) for one in self.tokens.sequences),
+            "bos": self.tokens.bos,
+            "warnings": list(self.tokens.warnings),
+        }
+
+    def _report(
+        self,
+        records: dict[str, dict[str, Any]],
+        weights: Streamed | Resident,
+        memory: PeakMemory,
+        started: float,
+        verified: str,
+    ) -> dict[str, Any]:
+        units = [records[unit.name] for unit in self.plan.units]
+        tensors = [row for unit in units for row in unit["tensors"]]
+        left_alone = dict(self.plan.left_alone)
+        for unit in units:
+            left_alone.update(unit["left_alone"])
+        if isinstance(weights, Streamed):
+            left_alone.update(dict.fromkeys(weights.unused, "not used by the model class; carried over as it is"))
+        params = sum(one.numel() for one in self.model.parameters())
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": versions(),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "calibration": self._describe_calibration(),
+            "layout": "plain",
+            "tensors": tensors,
+            "left_alone": left_alone,
+            "totals": {
+                "params_before": params,
+                "params_after": params,
+                "zeros": sum(row["achieved"] + row["notes"].get("zeros_beyond_plan", 0) for row in tensors),
+            },
+            "warnings": list(_warnings(tensors, self.tokens)),
+            "verified": verified,
+            "run": {
+                "seconds": round(time.perf_counter() - started, 3),
+                "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
+                "threads": torch.get_num_threads(),
+                "processor": platform.machine(),
+                "matrix_seconds": {name: value for unit in units for name, value in unit["seconds"].items()},
+            },
+        }
+
+
+def _warnings(tensors: list[dict[str, Any]], tokens: Tokens | None) -> Iterator[str]:
+    yield from tokens.warnings if tokens else ()
+    unseen = [row["name"] for row in tensors if row["tokens"] == 0]
+    if unseen:
+        yield f"{len(unseen)} expert matrices saw no calibration token and were pruned by magnitude: {', '.join(unseen)}"
+    few = [row["name"] for row in tensors if row["tokens"] and row["tokens"] < row["shape"][1]]
+    if few:
+        yield f"{len(few)} matrices saw fewer tokens than they have inputs, so damping decides much: {', '.join(few[:8])}"
+    damped = [row["name"] for row in tensors if "damping" in row["notes"]]
+    if damped:
+        yield f"{len(damped)} matrices needed more damping than asked for: {', '.join(damped)}"
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a result."""
+    names = ("torch", "transformers", "safetensors")
+    return {"llmprune": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
+def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder; raises UserError if there is none."""
+    if folder is None:
+        raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "
+            "or give calibration data as token ids"
+        ) from error
+
+
+def longest(config: Any) -> int:
+    """The most positions a model takes, from its configuration."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 20

@@ -1,0 +1,63 @@
+"""Peak memory of this process, measured while it runs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Samples the resident memory in the background.
+
+    `anonymous` is what the process itself allocated; `resident` counts mapped checkpoint pages
+    too, which the system may drop at any time. Both in bytes.
+    """
+
+    def __init__(self, interval_s: float = 0.05) -> None:
+        self.anonymous = 0
+        self.resident = 0
+        self._interval = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        anonymous, resident = current()
+        self.anonymous = max(self.anonymous, anonymous)
+        self.resident = max(self.resident, resident)
+
+
+def current() -> tuple[int, int]:
+    """Anonymous and whole resident memory now, in bytes. Without /proc both are the peak resident size."""
+    if _STATUS.exists():
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+        return tuple(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def available() -> int:
+    """Memory that can be taken without swapping, in bytes."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,1 @@
+"""Methods that set single weights to zero and may move the others."""

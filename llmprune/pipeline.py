@@ -1,0 +1,200 @@
+"""The only loop over the layers of a model: measure, solve, check, store."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmprune.arch.discover import Unit
+from llmprune.engine import schedule
+from llmprune.linalg import output_energy
+from llmprune.methods.weight.magnitude import Magnitude
+from llmprune.plan import Plan, check_pattern
+from llmprune.progress import Reporter
+from llmprune.recipe import Recipe
+from llmprune.statistics import Stats
+from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
+from llmprune.weights import Streamed, Weights, read_matrix, stored_matrix
+
+UNUSED = "no calibration token passed through it"
+
+
+class Pruning:
+    """One run over a model: the engine calls it at every unit (see `engine.schedule.Work`)."""
+
+    def __init__(self, plan: Plan, recipe: Recipe, method: Method, weights: Weights, reporter: Reporter) -> None:
+        self.kinds = method.needs
+        self.all_experts = recipe.calibration.all_experts
+        self._plan, self._recipe, self._method = plan, recipe, method
+        self._weights, self._reporter = weights, reporter
+        self._finished = weights.done() & {unit.name for unit in plan.units}
+        self._wanted = {
+            unit.name: {spec.name for spec in unit.matrices if spec.name in plan.budgets} for unit in plan.units
+        }
+        for name in self._finished:
+            self._wanted[name] = set()
+        self._loaded: set[str] = set()
+        self._outcomes: list[Outcome] = []
+        self._seconds: dict[str, float] = {}
+        self._left_alone: dict[str, str] = {}
+
+    def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
+        """Prune with calibration: drive `batches` through the model by the recipe's schedule."""
+        schedule.run(model, self._plan.units, batches, self._recipe.engine.schedule, self)
+
+    def run_without_data(self) -> None:
+        """Prune unit by unit, for a method that needs no statistics."""
+        for unit in self._plan.units:
+            if unit.name not in self._finished:
+                self.enter(unit)
+                for spec in self._open(unit):
+                    self._prune(unit, spec, None)
+                self.finish(unit)
+                self.leave(unit)
+
+    # What the engine calls back.
+
+    def enter(self, unit: Unit) -> None:
+        if unit.name not in self._loaded:
+            if isinstance(self._weights, Streamed) and not self._loaded:
+                # every batch has passed the embedding by now
+                self._weights.free_rest()
+            self._weights.load(unit)
+            self._loaded.add(unit.name)
+
+    def wanted(self, unit: Unit) -> set[str]:
+        return self._wanted[unit.name]
+
+    def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
+        for spec in self._open(unit):
+            if spec.name in stats:
+                spec = self._settle_layout(spec, transposed[spec.name])
+                self._prune(unit, spec, stats[spec.name])
+
+    def finish(self, unit: Unit) -> None:
+        if unit.name in self._finished:
+            return
+        for spec in self._open(unit):
+            self._unreached(unit, spec)
+        rows = [dataclasses.asdict(one) for one in self._outcomes]
+        record = {"tensors": rows, "seconds": self._seconds, "left_alone": self._left_alone}
+        self._weights.commit(unit, record)
+        self._outcomes, self._seconds, self._left_alone = [], {}, {}
+        self._finished.add(unit.name)
+
+    def leave(self, unit: Unit) -> None:
+        self._weights.free(unit)
+        self._loaded.discard(unit.name)
+
+    def complete(self) -> bool:
+        return len(self._finished) == len(self._plan.units)
+
+    # One matrix.
+
+    def _open(self, unit: Unit) -> Iterator[MatrixSpec]:
+        wanted = self._wanted[unit.name]
+        return (spec for spec in list(unit.matrices) if spec.name in wanted)
+
+    def _settle_layout(self, spec: MatrixSpec, transposed: bool) -> MatrixSpec:
+        """Confirm, or learn, which axis of the parameter holds the inputs."""
+        if spec.transposed is None:
+            outputs, inputs = (spec.inputs, spec.outputs) if transposed else (spec.outputs, spec.inputs)
+            spec = dataclasses.replace(spec, transposed=transposed, outputs=outputs, inputs=inputs)
+            try:
+                check_pattern(spec, self._plan.budgets[spec.name], self._method)
+            except UserError as error:
+                raise RunError(str(error)) from error
+        if spec.transposed != transposed:
+            raise RunError(f"{spec.name} is used the other way round than its class says; leave it out with --ignore")
+        return spec
+
+    def _unreached(self, unit: Unit, spec: MatrixSpec) -> None:
+        """A matrix that the forward never used: an unseen expert follows the recipe, others stay dense."""
+        if spec.index is None or spec.transposed is None:
+            self._left_alone[spec.name] = UNUSED
+            self._wanted[unit.name].discard(spec.name)
+            del self._plan.budgets[spec.name]
+            self._reporter.warn(f"{spec.name} is left dense: {UNUSED}")
+        elif self._recipe.calibration.unseen == "error":
+            raise RunError(f"{spec.name}: {UNUSED}; give more text, or set calibration.unseen=magnitude")
+        else:
+            self._prune(unit, spec, None)
+
+    def _prune(self, unit: Unit, spec: MatrixSpec, stats: Stats | None) -> None:
+        started = time.perf_counter()
+        budget = self._plan.budgets[spec.name]
+        unseen = stats is None and bool(self._method.needs)
+        method: Method = Magnitude() if unseen else self._method
+        dense_OI = read_matrix(unit, spec)
+        if not bool(torch.isfinite(dense_OI).all()):
+            raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
+        try:
+            edit = method.solve(Matrix(spec.name, dense_OI), stats, budget)
+        except RunError as error:
+            raise RunError(f"{spec.name}: {error}") from error
+        if unseen:
+            edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
+        planned = method.planned(spec.outputs, spec.inputs, budget)
+        self._check(spec, edit, planned, budget)
+        dtype = self._weights.storage_dtype(spec.parameter)
+        # what later layers see is what will be read back: the weights as they are stored
+        stored_OI = edit.weight_OI.to(dtype).masked_fill(edit.pruned_OI, 0)
+        stored = stored_matrix(unit, spec)
+        stored.copy_(stored_OI.T if spec.transposed else stored_OI)
+        error, kind = _relative_error(dense_OI, edit, stats)
+        achieved = int((stored_OI[edit.pruned_OI] == 0).sum())
+        if achieved != planned:
+            raise RunError(f"{spec.name}: planned {planned} zeros, {achieved} would be stored")
+        extra = int((stored_OI == 0).sum()) - achieved
+        if extra:
+            edit.notes["zeros_beyond_plan"] = extra
+        outcome = Outcome(
+            name=spec.name,
+            shape=(spec.outputs, spec.inputs),
+            planned=planned,
+            achieved=achieved,
+            error=error,
+            error_kind=kind,
+            tokens=stats.tokens if stats else 0 if unseen else None,
+            notes=edit.notes,
+        )
+        self._wanted[unit.name].discard(spec.name)
+        self._outcomes.append(outcome)
+        self._seconds[spec.name] = round(time.perf_counter() - started, 4)
+        self._reporter.matrix(outcome, self._seconds[spec.name])
+
+    def _check(self, spec: MatrixSpec, edit: Edit, planned: int, budget: Budget) -> None:
+        """Fail the run if a method did not do what was planned."""
+        pruned = int(edit.pruned_OI.sum())
+        if pruned != planned:
+            raise RunError(f"{spec.name}: planned {planned} zeros, the method made {pruned}")
+        if not bool(torch.isfinite(edit.weight_OI).all()):
+            raise RunError(f"{spec.name}: the method returned NaN or infinity")
+        if budget.pattern.structured:
+            per_group = edit.pruned_OI.unflatten(1, (-1, budget.pattern.group)).sum(-1)
+            if bool((per_group != budget.pattern.group - budget.pattern.keep).any()):
+                raise RunError(f"{spec.name}: the mask breaks the pattern {budget.pattern}")
+
+
+def _relative_error(dense_OI: torch.Tensor, edit: Edit, stats: Stats | None) -> tuple[float | None, str]:
+    """How much of the matrix's output energy is lost on the calibration tokens, and how that was measured.
+
+    "output": exact, from the Gram matrix. "diagonal": inputs taken as uncorrelated, where only their
+    norms are known. "weight": share of the squared weights, without any calibration.
+    """
+    change_OI = edit.weight_OI - dense_OI
+    if stats is not None and stats.has_gram:
+        lost = edit.loss if edit.loss is not None else output_energy(change_OI, stats.gram_lower_II)
+        whole, kind = output_energy(dense_OI, stats.gram_lower_II), "output"
+    elif stats is not None:
+        scale_I = stats.square_sums_I
+        lost = float((change_OI.square() @ scale_I).sum())
+        whole, kind = float((dense_OI.square() @ scale_I).sum()), "diagonal"
+    else:
+        lost, whole, kind = float(change_OI.square().sum()), float(dense_OI.square().sum()), "weight"
+    return (lost / whole if whole > 0 else None), kind

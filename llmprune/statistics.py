@@ -1,0 +1,86 @@
+"""What calibration remembers of the inputs of a matrix.
+
+Statistics belong to an *input tensor*: matrices that read the same tensor (q, k and v; gate and
+up) share one object, and so one Gram matrix and one factorization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from llmprune.kernels.gram import gram_update_
+from llmprune.kernels.moments import Moments
+
+GRAM = "gram"  # X'X, I x I
+MOMENTS = "moments"  # per input: sum of squares, mean, variance
+KINDS = frozenset({GRAM, MOMENTS})
+
+
+class Stats:
+    """Streaming statistics of inputs with `width` features, in float32 whatever the input dtype."""
+
+    def __init__(self, width: int, kinds: frozenset[str], device: torch.device | str = "cpu") -> None:
+        unknown = kinds - KINDS
+        if unknown:
+            raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS)}")
+        self.width = width
+        self.tokens = 0
+        self._lower_II = torch.zeros(width, width, device=device) if GRAM in kinds else None
+        self._moments = Moments(width, device) if MOMENTS in kinds else None
+        self._derived: dict[Hashable, Any] = {}
+
+    def update(self, x_TI: torch.Tensor) -> None:
+        """Add tokens. `x_TI`: any float dtype, T x width."""
+        self._derived.clear()
+        self.tokens += x_TI.shape[0]
+        if self._lower_II is not None:
+            gram_update_(self._lower_II, x_TI)
+        if self._moments is not None:
+            self._moments.update(x_TI)
+
+    @property
+    def gram_II(self) -> torch.Tensor:
+        """The full symmetric Gram matrix X'X (a fresh tensor)."""
+        lower_II = self.gram_lower_II
+        return lower_II.tril() + lower_II.tril(-1).T
+
+    @property
+    def gram_lower_II(self) -> torch.Tensor:
+        """X'X of which only the lower triangle is valid: what the kernels fill."""
+        if self._lower_II is None:
+            raise ValueError("this statistics object holds no Gram matrix: the method must name it in `needs`")
+        return self._lower_II
+
+    @property
+    def has_gram(self) -> bool:
+        return self._lower_II is not None
+
+    @property
+    def square_sums_I(self) -> torch.Tensor:
+        """Sum over tokens of x_j squared: the diagonal of the Gram matrix."""
+        if self._moments is not None:
+            return self._moments.square_sums_I
+        return self.gram_lower_II.diagonal().clone()
+
+    @property
+    def mean_I(self) -> torch.Tensor:
+        return self._need_moments().mean_I
+
+    @property
+    def variance_I(self) -> torch.Tensor:
+        """Population variance over tokens."""
+        return self._need_moments().variance_I
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A value computed from these statistics once (a factorization), dropped when tokens are added."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def _need_moments(self) -> Moments:
+        if self._moments is None:
+            raise ValueError("this statistics object holds no moments: the method must name them in `needs`")
+        return self._moments

@@ -1,0 +1,183 @@
+"""Where the weights of a unit come from and go to: streamed from a checkpoint, or resident in a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmprune.arch.discover import Unit
+from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.skeleton import Routing
+from llmprune.checkpoint.source import Checkpoint
+from llmprune.types import MatrixSpec, UserError
+
+REST = "rest"
+
+
+class Weights(Protocol):
+    """Access to a model's weights, a unit at a time."""
+
+    def load(self, unit: Unit) -> None:
+        """Make the parameters of `unit` usable."""
+
+    def free(self, unit: Unit) -> None:
+        """The parameters of `unit` are not needed for now."""
+
+    def storage_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype in which a parameter is stored, whatever it is computed in."""
+
+    def done(self) -> set[str]:
+        """Names of the units that an earlier run finished."""
+
+    def commit(self, unit: Unit, record: dict[str, Any]) -> None:
+        """`unit` has its final weights."""
+
+
+class Resident:
+    """A model that the caller loaded: it is pruned where it lies."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.records: dict[str, dict[str, Any]] = {}
+
+    def load(self, unit: Unit) -> None:
+        pass
+
+    def free(self, unit: Unit) -> None:
+        pass
+
+    def storage_dtype(self, parameter: str) -> torch.dtype:
+        return self._model.get_parameter(parameter).dtype
+
+    def done(self) -> set[str]:
+        return set()
+
+    def commit(self, unit: Unit, record: dict[str, Any]) -> None:
+        self.records[unit.name] = record
+
+
+class Streamed:
+    """A checkpoint of any size: one unit in memory at a time, written out as it is done.
+
+    Modules outside the units (embeddings, norms) are loaded when the forward first calls them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        checkpoint: Checkpoint,
+        output: Output | None,
+        units: list[Unit],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._model, self._checkpoint, self._output = model, checkpoint, output
+        self._routing = Routing(model, checkpoint)
+        self._dtype, self._device = dtype, device
+        self._prefixes = [unit.prefix for unit in units]
+        missing = self._routing.missing()
+        if missing:
+            raise UserError(f"{checkpoint.folder} lacks the tensor {missing[0]} that its configuration calls for")
+        for buffer_owner in model.modules():
+            for name, buffer in buffer_owner.named_buffers(recurse=False):
+                buffer_owner._buffers[name] = buffer.to(device)
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the checkpoint that the model does not use; they are carried over as they are."""
+        return self._routing.unused
+
+    def load(self, unit: Unit) -> None:
+        overlay = self._output.written(unit.name) if self._output and unit.name in self.done() else None
+        self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
+
+    def free(self, unit: Unit) -> None:
+        _to_meta(unit.module)
+        self._checkpoint.close()
+
+    def storage_dtype(self, parameter: str) -> torch.dtype:
+        group = self._routing.groups[parameter]
+        return self._checkpoint.entries[group.keys[0]].dtype
+
+    def done(self) -> set[str]:
+        return set(self._output.records) if self._output else set()
+
+    def commit(self, unit: Unit, record: dict[str, Any]) -> None:
+        assert self._output is not None
+        place = (2 + self._prefixes.index(unit.prefix), 1 + len(self._prefixes))
+        tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
+        self._output.write(unit.name, place, tensors, record)
+
+    def commit_rest(self) -> None:
+        """Write everything that lies outside the units, byte for byte as it was read."""
+        assert self._output is not None
+        inside = {key for prefix in self._prefixes for key in self._routing.keys_under(prefix)}
+        rest = {key: self._checkpoint.tensor(key) for key in self._checkpoint.entries if key not in inside}
+        self._output.write(REST, (1, 1 + len(self._prefixes)), rest, {})
+        self._checkpoint.close()
+
+    def _as_stored(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in its stored dtype; one that did not change keeps its stored bytes."""
+        source = self._checkpoint.tensor(key)
+        if torch.equal(source.to(tensor.dtype), tensor.cpu()):
+            return source
+        return tensor.to("cpu", source.dtype)
+
+    @contextlib.contextmanager
+    def on_demand(self) -> Iterator[None]:
+        """While active, a module outside the units gets its parameters when the forward calls it."""
+
+        def arrive(module: nn.Module, args: Any) -> None:
+            if any(one.device.type == "meta" for one in module.parameters(recurse=False)):
+                self._load_own(names[id(module)], module)
+
+        names = {id(module): name for name, module in self._model.named_modules() if not self._inside(name)}
+        with contextlib.ExitStack() as stack:
+            for name in names.values():
+                module = self._model.get_submodule(name)
+                if any(True for _ in module.parameters(recurse=False)):
+                    stack.callback(module.register_forward_pre_hook(arrive).remove)
+            yield
+
+    def free_rest(self) -> None:
+        """Drop the parameters outside the units; the forward fetches again what it needs again."""
+        for name, module in self._model.named_modules():
+            if not self._inside(name):
+                _to_meta(module, recurse=False)
+
+    def _inside(self, name: str) -> bool:
+        return any(f"{name}.".startswith(prefix) for prefix in self._prefixes)
+
+    def _load_own(self, name: str, module: nn.Module) -> None:
+        """Load the parameters that `module` itself owns; a tied one comes by the name of its twin."""
+        tied = self._model.all_tied_weights_keys
+        for short, _ in list(module.named_parameters(recurse=False)):
+            full = f"{name}.{short}" if name else short
+            source = full if full in self._routing.groups else tied.get(full, full)
+            self._routing.load(self._routing.groups[source].keys, self._dtype, self._device, None)
+            if source != full:
+                module._parameters[short] = self._model.get_parameter(source)
+
+
+def read_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
+    """The weights of a matrix as float32, outputs x inputs: a copy."""
+    weight = stored_matrix(unit, spec)
+    return (weight.T if spec.transposed else weight).to(torch.float32, copy=True)
+
+
+def stored_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
+    """The matrix as it lies in its parameter: a view."""
+    parameter = unit.module.get_parameter(spec.parameter.removeprefix(unit.prefix)).data
+    return parameter if spec.index is None else parameter[spec.index]
+
+
+def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:
+    for owner in module.modules() if recurse else [module]:
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.device.type != "meta":
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,25 @@
+"""Shared by all tests: one thread each, since matrices here are tiny and tests run side by side."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real models and texts beside the checkout."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("needs ../shared with the real models and texts")
+    return SHARED
