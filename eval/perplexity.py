@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import calibration
-from llmprune.checkpoint.skeleton import load_config
+from llmprune.checkpoint.skeleton import load_config, quiet_loader
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
 from llmprune.job import load_tokenizer, longest
@@ -35,9 +35,10 @@ def open_model(
     Checkpoint(folder)
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     place = choose_device(device)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=choose_dtype(dtype, config, place), trust_remote_code=trust_remote_code
-    )
+    with quiet_loader():
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=choose_dtype(dtype, config, place), trust_remote_code=trust_remote_code
+        )
     return loaded.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
 
 

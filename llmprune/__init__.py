@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "prune": "llmprune.api",
     "evaluate": "llmprune.api",
-    "Result": "llmprune.api",
+    "Result": "llmprune.result",
     "Recipe": "llmprune.recipe",
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
@@ -23,8 +23,9 @@ _PUBLIC = {
 __all__ = ["Recipe", "Result", "RunError", "UserError", "evaluate", "prune"]
 
 if TYPE_CHECKING:
-    from llmprune.api import Result, evaluate, prune
+    from llmprune.api import evaluate, prune
     from llmprune.recipe import Recipe
+    from llmprune.result import Result
     from llmprune.types import RunError, UserError
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from llmprune import calibration
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
-from llmprune.recipe import Recipe, load_recipe
+from llmprune.recipe import load_recipe
+from llmprune.result import Result
 from llmprune.types import UserError
 
 # Short names of the recipe keys that people set most; everything else goes by its dotted key.
@@ -26,32 +24,6 @@ SHORT = {
     "device": "engine.device",
     "dtype": "engine.dtype",
 }
-
-
-@dataclass
-class Result:
-    """A pruned model: its report, and the model itself, loaded from disk when first asked for."""
-
-    report: dict[str, Any]
-    folder: Path | None
-    trust_remote_code: bool = False
-    _model: PreTrainedModel | None = field(default=None, repr=False)
-    _tokenizer: Any = field(default=None, repr=False)
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        if self._model is not None:
-            return self._model
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            self.folder, trust_remote_code=self.trust_remote_code
-        )
-        return loaded
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is not None:
-            return self._tokenizer
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
 
 def prune(
@@ -119,6 +91,3 @@ def evaluate(
     )
     name = model if isinstance(model, str | Path) else type(model).__name__
     return {"model": str(name), "perplexity": {spec: measure(loaded, words, spec, **options) for spec in specs}}
-
-
-__all__ = ["Recipe", "Result", "calibration", "evaluate", "prune"]

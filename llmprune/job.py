@@ -30,6 +30,7 @@ from llmprune.pipeline import Pruning
 from llmprune.plan import allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
+from llmprune.result import Result
 from llmprune.types import MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
@@ -79,10 +80,8 @@ class Job:
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
-    def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Any:
-        """Do it; returns a Result. Raises RunError when something fails on the way."""
-        from llmprune.api import Result
-
+    def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
+        """Do it. Raises RunError when something fails on the way."""
         trust = self.recipe.trust_remote_code
         if self.output is not None and resume and self.output.is_finished():
             report = json.loads((self.output.folder / "llmprune.json").read_text())
@@ -109,14 +108,11 @@ class Job:
                     pruning.run_on(self.model, self._batches())
         finally:
             reporter.stop()
-        records = self.output.records if isinstance(weights, Streamed) and self.output else weights.records
         if self.output is None:
-            return Result(
-                self._report(records, weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer
-            )
+            return Result(self._report(weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer)
         self.output.finish(
             self._add_files,
-            lambda folder: self._report(records, weights, memory, started, self._verify(folder, weights)),
+            lambda folder: self._report(weights, memory, started, self._verify(folder, weights)),
         )
         report = json.loads((self.output.folder / "llmprune.json").read_text())
         return Result(report, self.output.folder, trust, self._given, self._tokenizer)
@@ -124,7 +120,7 @@ class Job:
     def describe_plan(self) -> dict[str, Any]:
         """What would be done: the answer of a dry run."""
         specs = self.plan.specs()
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": spec.name,
                 "shape": [spec.outputs, spec.inputs],
@@ -137,7 +133,7 @@ class Job:
             "tensors": rows,
             "left_alone": self.plan.left_alone,
             "calibration": self._describe_calibration(),
-            "totals": {"weights": sum(s.count for s in specs), "zeros": sum(int(row["planned"]) for row in rows)},
+            "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
         }
 
     # Parts of a run.
@@ -228,13 +224,12 @@ class Job:
 
     def _report(
         self,
-        records: dict[str, dict[str, Any]],
         weights: Streamed | Resident,
         memory: PeakMemory,
         started: float,
         verified: str,
     ) -> dict[str, Any]:
-        units = [records[unit.name] for unit in self.plan.units]
+        units = [weights.records[unit.name] for unit in self.plan.units]
         tensors = [row for unit in units for row in unit["tensors"]]
         left_alone = dict(self.plan.left_alone)
         for unit in units:

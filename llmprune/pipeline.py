@@ -146,7 +146,7 @@ class Pruning:
         stored_OI = edit.weight_OI.to(dtype).masked_fill(edit.pruned_OI, 0)
         stored = stored_matrix(unit, spec)
         stored.copy_(stored_OI.T if spec.transposed else stored_OI)
-        error, kind = _relative_error(dense_OI, edit, stats)
+        lost, kind = _relative_error(dense_OI, edit, stats)
         achieved = int((stored_OI[edit.pruned_OI] == 0).sum())
         if achieved != planned:
             raise RunError(f"{spec.name}: planned {planned} zeros, {achieved} would be stored")
@@ -158,7 +158,7 @@ class Pruning:
             shape=(spec.outputs, spec.inputs),
             planned=planned,
             achieved=achieved,
-            error=error,
+            error=lost,
             error_kind=kind,
             tokens=stats.tokens if stats else 0 if unseen else None,
             notes=edit.notes,

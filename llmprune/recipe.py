@@ -30,12 +30,14 @@ class _Strict(BaseModel):
 class Calibration(_Strict):
     """Which text the statistics come from."""
 
-    source: str = Field("demo", description="SPEC of the text")
-    samples: int = Field(128, ge=1)
-    seqlen: int = Field(2048, ge=2, description="tokens a sequence, cut to the model's maximum")
-    all_experts: bool = Field(False, description="send every token through every expert, for the statistics alone")
+    source: str = Field(default="demo", description="SPEC of the text")
+    samples: int = Field(default=128, ge=1)
+    seqlen: int = Field(default=2048, ge=2, description="tokens a sequence, cut to the model's maximum")
+    all_experts: bool = Field(
+        default=False, description="send every token through every expert, for the statistics alone"
+    )
     unseen: Literal["magnitude", "error"] = Field(
-        "magnitude", description="what happens to an expert that no calibration token reached"
+        default="magnitude", description="what happens to an expert that no calibration token reached"
     )
 
 
@@ -43,9 +45,11 @@ class Engine(_Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
     schedule: Literal["layer", "module"] = "layer"
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of the forward passes")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="of the forward passes"
+    )
 
 
 class Override(_Strict):
@@ -65,8 +69,8 @@ class Recipe(_Strict):
     model: str = ""
     method: str = "sparsegpt"
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
-    sparsity: float | None = Field(None, description="fraction of weights set to zero")
-    pattern: str = Field("unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
+    pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
     allocation: str = "uniform"
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)

@@ -52,7 +52,8 @@ class Resident:
         pass
 
     def storage_dtype(self, parameter: str) -> torch.dtype:
-        return self._model.get_parameter(parameter).dtype
+        dtype: torch.dtype = self._model.get_parameter(parameter).dtype
+        return dtype
 
     def done(self) -> set[str]:
         return set()
@@ -112,6 +113,11 @@ class Streamed:
         place = (2 + self._prefixes.index(unit.prefix), 1 + len(self._prefixes))
         tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
         self._output.write(unit.name, place, tensors, record)
+
+    @property
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What was recorded of every finished unit, by an earlier run or this one."""
+        return self._output.records if self._output else {}
 
     def commit_rest(self) -> None:
         """Write everything that lies outside the units, byte for byte as it was read."""

@@ -194,7 +194,7 @@ class Output:
         if line["file"] is None:
             return True
         try:
-            return _size_on_disk(self.partial / line["file"]) == line["bytes"]
+            return bool(_size_on_disk(self.partial / line["file"]) == line["bytes"])
         except UserError:
             return False
 

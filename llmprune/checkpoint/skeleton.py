@@ -88,7 +88,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -174,7 +174,7 @@ class Routing:
             for key in keys
         }
         config = LoadStateDictConfig(device_map={"": str(device)}, dtype=dtype, weight_mapping=self._transforms)
-        with _quiet():
+        with quiet_loader():
             info, _ = loading.convert_and_load_state_dict_in_model(self._model, state, config)
         if info.conversion_errors or info.mismatched_keys or info.error_msgs:
             detail = info.conversion_errors or info.mismatched_keys or info.error_msgs
@@ -212,7 +212,7 @@ def _match_names(tensors: dict[str, torch.Tensor], keys: list[str]) -> dict[str,
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loader() -> Iterator[None]:
     """Silence the loader's progress bar and report: it sees a part of the model and calls the rest missing."""
     from transformers.utils import logging as library
 

@@ -68,7 +68,8 @@ class Checkpoint:
 
     def tensor(self, key: str) -> torch.Tensor:
         """The tensor `key`, mapped from the file, in its stored dtype."""
-        return self._handle(self.entries[key].file).get_tensor(key)
+        tensor: torch.Tensor = self._handle(self.entries[key].file).get_tensor(key)
+        return tensor
 
     def close(self) -> None:
         """Unmap the files, so that their pages stop counting against this process."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from llmprune.checkpoint.skeleton import quiet_loader
 from llmprune.memory import available
 from llmprune.types import RunError
 
@@ -25,9 +26,10 @@ def verify(
     size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
     if size > SHARE * available():
         return "bytes compared; too large to reload here"
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
+    with quiet_loader():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     strange = sorted(set(info["unexpected_keys"]) - set(unused))
     lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if strange or lost:

@@ -90,8 +90,7 @@ class Observe(TorchFunctionMode):
                 x_TI = x[index]
                 yield Product(name, first + index, transposed, x_TI[x_TI.abs().amax(-1) > 0])
         else:
-            index = first if parameter.dim() == 3 else None
-            yield Product(name, index, transposed, x.reshape(-1, inputs))
+            yield Product(name, first if parameter.dim() == 3 else None, transposed, x.reshape(-1, inputs))
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -39,9 +39,10 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
             raise UserError(f"option {key}={value!r} of method {name!r} must be a {type(default).__name__}")
     try:
-        return cls(**options)
+        method: Method = cls(**options)
     except ValueError as error:
         raise UserError(f"method {name!r}: {error}") from error
+    return method
 
 
 def _accepted(default: Any) -> tuple[type, ...]:

@@ -1,0 +1,39 @@
+"""What a run gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from llmprune.checkpoint.skeleton import quiet_loader
+
+
+@dataclass
+class Result:
+    """A pruned model: its report, and the model itself, loaded from disk when first asked for."""
+
+    report: dict[str, Any]
+    folder: Path | None
+    trust_remote_code: bool = False
+    _model: PreTrainedModel | None = field(default=None, repr=False)
+    _tokenizer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        if self._model is not None:
+            return self._model
+        with quiet_loader():
+            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        return loaded
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
