@@ -17,6 +17,8 @@ from llmprune.device import choose_device, choose_dtype
 from llmprune.job import load_tokenizer, longest
 from llmprune.types import UserError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def open_model(
     model: str | Path | PreTrainedModel,
@@ -31,6 +33,8 @@ def open_model(
         if tokenizer is None:
             raise UserError("a loaded model needs tokenizer= to be measured on text")
         return model.eval(), tokenizer
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder = resolve(str(model))
     Checkpoint(folder)
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
@@ -59,6 +63,9 @@ def measure(
     the same. With `stride` < `seqlen` windows overlap, and each scores only the tokens that the one
     before it did not.
     """
+    for name, value, least in (("seqlen", seqlen, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
     length = min(seqlen, longest(model.config))
     step = length if stride is None else stride
     if not 0 < step <= length:
@@ -69,6 +76,12 @@ def measure(
     if len(ids) < fresh:
         raise UserError(
             f"the text {spec!r} has {len(ids)} tokens, {fresh - len(ids)} too few for one window of {length}"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocabulary:
+        raise UserError(
+            f"the text {spec!r} holds the token {int(ids.max())}, but the model knows only {vocabulary}: "
+            "the tokenizer does not belong to it"
         )
     advance = fresh if stride is None else min(step, fresh)
     windows = ids.unfold(0, fresh, advance)[:max_windows]
@@ -84,8 +97,11 @@ def measure(
             new = row if number == 0 else row[-advance:]
             loss += new.sum()
             scored += len(new)
+    ppl = float(torch.exp(loss / scored))
+    if not math.isfinite(ppl):
+        raise UserError(f"the model gives NaN or infinity on {spec!r}: it is damaged, or its dtype too narrow")
     return {
-        "ppl": math.exp(float(loss) / scored),
+        "ppl": ppl,
         "tokens": scored,
         "windows": len(windows),
         "seqlen": length,

@@ -110,6 +110,8 @@ def _read_file(rest: str) -> list[str]:
 
 
 def _field(rows: Iterable[Any], field: str, path: object) -> list[str]:
+    if not isinstance(rows, Iterable) or isinstance(rows, str | dict):
+        raise UserError(f"{path} holds one {type(rows).__name__}, not a list of texts or of rows")
     documents = []
     for number, row in enumerate(rows, 1):
         text = row if isinstance(row, str) else row.get(field) if isinstance(row, dict) else None
@@ -146,7 +148,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 def tokenize(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
     """All documents, joined by two newlines, as one row of ids without special tokens."""
-    text = "\n\n".join(one for one in documents if one.strip())
+    text = "\n\n".join(documents)
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
 
 

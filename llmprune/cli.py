@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 errors = Console(stderr=True, highlight=False)
 
+# Arguments of `api.prune` that are no part of a recipe.
+NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+
 Model = Annotated[str, typer.Argument(help="Model folder, or Hub id (@REVISION allowed).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -112,6 +115,8 @@ def evaluate(
     """Measure MODEL: perplexity on texts."""
     from llmprune import api
 
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out {out} must be a file in a folder that exists")
     result = api.evaluate(
         model,
         perplexity=perplexity or [],
@@ -186,13 +191,17 @@ def demo(
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
     """`KEY=VALUE` pairs, values read as YAML: 0.1, true, [a, b]; raises UserError."""
+    from llmprune.recipe import read_yaml
+
     found = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--set {pair!r} must have the form KEY=VALUE")
+        if key in NO_SETTINGS:
+            raise UserError(f"--set {pair!r}: {key} is no recipe key, but an argument of the command")
         try:
-            found[key] = yaml.safe_load(value)
+            found[key] = read_yaml(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {pair!r}: the value is not understood: {error}") from error
     return found
@@ -236,18 +245,26 @@ def _fail(code: int, text: str) -> NoReturn:
     sys.exit(code)
 
 
-def _terminated(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Not KeyboardInterrupt: typer would end the program on that, with no word on resuming."""
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise _Interrupted
 
 
 def main() -> None:
     """Run the command line; user errors exit with 2, failed runs with 1, each with one message."""
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    resumable = "prune" in sys.argv[1:2]
+    hint = "\nwhat is finished is kept; run the same command with --resume to go on" if resumable else ""
     try:
         app()
     except UserError as error:
         _fail(2, str(error))
     except RunError as error:
-        _fail(1, f"{error}\nwhat is finished is kept; run the same command with --resume to go on")
-    except KeyboardInterrupt:
-        _fail(1, "interrupted; what is finished is kept, run the same command with --resume to go on")
+        _fail(1, f"{error}{hint}")
+    except _Interrupted:
+        _fail(1, f"interrupted{hint}")

@@ -74,7 +74,8 @@ class Pruning:
         for spec in self._open(unit):
             if spec.name in stats:
                 spec = self._settle_layout(spec, transposed[spec.name])
-                self._prune(unit, spec, stats[spec.name])
+                # taken out, so that the last matrix that shares these statistics frees them
+                self._prune(unit, spec, stats.pop(spec.name))
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:

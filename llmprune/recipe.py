@@ -7,6 +7,7 @@ stored beside the pruned model, and feeding it back reproduces the bytes.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,7 +78,7 @@ class Recipe(_Strict):
     overrides: list[Override] = Field(default_factory=list)
     calibration: Calibration = Field(default_factory=Calibration)
     engine: Engine = Field(default_factory=Engine)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     trust_remote_code: bool = False
 
     def budget(self) -> Budget:
@@ -90,6 +91,27 @@ class Recipe(_Strict):
         return Budget.of(self.sparsity, pattern)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `2:4` is text and `1e-3` a number. YAML 1.1 has 124 and text."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9]\d*)$"),
+    "tag:yaml.org,2002:float": re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in known if tag not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _regex in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _regex, list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text; raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     """Build a recipe from a YAML file and settings that win over it.
 
@@ -99,7 +121,7 @@ def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            loaded = read_yaml(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -110,11 +132,12 @@ def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     for key, value in settings.items():
         head, *rest = key.split(".")
         if not rest and head not in Recipe.model_fields:
-            data.setdefault("options", {})[head] = value
-            continue
+            key = f"options.{key}"
         node = data
         for part in key.split(".")[:-1]:
-            node = node.setdefault(part, {})
+            # a section that the file leaves empty is null
+            node[part] = {} if node.get(part) is None else node[part]
+            node = node[part]
             if not isinstance(node, dict):
                 raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
         node[key.split(".")[-1]] = value

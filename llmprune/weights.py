@@ -14,7 +14,7 @@ from llmprune.arch.discover import Unit
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import Routing
 from llmprune.checkpoint.source import Checkpoint
-from llmprune.types import MatrixSpec, UserError
+from llmprune.types import MatrixSpec, RunError, UserError
 
 REST = "rest"
 
@@ -138,9 +138,13 @@ class Streamed:
     def on_demand(self) -> Iterator[None]:
         """While active, a module outside the units gets its parameters when the forward calls it."""
 
-        def arrive(module: nn.Module, args: Any) -> None:
+        def arrive(module: nn.Module, args: tuple[Any, ...]) -> None:
+            name = names[id(module)]
+            if any(isinstance(one, torch.Tensor) and one.device.type == "meta" for one in args):
+                # torch would go on with uninitialised memory
+                raise RunError(f"the model moves the input of {name} to weights that are not loaded yet; load it whole")
             if any(one.device.type == "meta" for one in module.parameters(recurse=False)):
-                self._load_own(names[id(module)], module)
+                self._load_own(name, module)
 
         names = {id(module): name for name, module in self._model.named_modules() if not self._inside(name)}
         with contextlib.ExitStack() as stack:
@@ -148,6 +152,8 @@ class Streamed:
                 module = self._model.get_submodule(name)
                 if any(True for _ in module.parameters(recurse=False)):
                     stack.callback(module.register_forward_pre_hook(arrive).remove)
+            # a forward may ask on which device the embedding lies before it calls it
+            arrive(self._model.get_input_embeddings(), ())
             yield
 
     def free_rest(self) -> None:

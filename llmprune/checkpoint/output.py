@@ -32,25 +32,31 @@ class Output:
     """The output of one run. `open` claims the folder; `finish` gives it its final name."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder = folder
-        self.partial = folder.with_name(folder.name + ".partial")
+        self.folder = folder.expanduser().resolve()
+        self.partial = self._beside(".partial")
+        self._replaced = self._beside(".replaced")
         self.fingerprint = fingerprint
         self.records: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
 
     def check(self, *, source: Path | None, resume: bool, overwrite: bool) -> None:
         """Refuse, before any work, what must not be written over; raises UserError."""
-        target = self.folder.resolve()
-        if source is not None and (target == source.resolve() or source.resolve() in target.parents):
-            raise UserError(f"the output {self.folder} lies in the input folder, which is never written to")
+        read = None if source is None else source.resolve()
+        for written in (self.folder, self.partial, self._replaced):
+            if read is not None and (written == read or read in written.parents):
+                raise UserError(f"the output {self.folder} lies in the input folder, which is never written to")
+            if read is not None and written in read.parents:
+                raise UserError(f"the input lies in the output {self.folder}; choose another --out")
         if self.folder.exists() and not overwrite and not (resume and self.is_finished()):
             raise UserError(f"{self.folder} exists; choose another --out, or pass --overwrite to replace it")
+        if self.folder.exists() and not (self.folder / "config.json").is_file() and not _is_empty(self.folder):
+            raise UserError(f"{self.folder} holds something other than a model; --overwrite does not remove that")
         if self.partial.exists() and not resume and not overwrite:
             raise UserError(
                 f"{self.partial} holds an unfinished run; pass --resume to go on with it, or --overwrite to start again"
             )
-        parent = next(one for one in target.parents if one.exists())
-        if not os.access(parent, os.W_OK):
+        parent = next(one for one in self.folder.parents if one.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"{parent} cannot be written to; choose another --out")
 
     def is_finished(self) -> bool:
@@ -63,23 +69,25 @@ class Output:
 
     def open(self, *, resume: bool) -> None:
         """Create or reopen the partial folder and lock it; raises UserError if it belongs to another run."""
-        if not resume:
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.partial / LOCK_NAME).open("w")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.partial / LOCK_NAME).open("w")
+        except OSError as error:
+            raise RunError(f"cannot create {self.partial}: {error}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(
                 f"another run is writing to {self.partial}; wait for it, or choose another --out"
             ) from error
-        lines = self._read_journal()
+        lines = self._read_journal() if resume else []
         if lines and lines[0].get("fingerprint") != self.fingerprint:
             raise UserError(
                 f"{self.partial} was begun with another recipe, model, calibration text or version; "
                 "repeat that run's options to resume it, or pass --overwrite to start again"
             )
         if not lines:
+            self._clear()
             self._append({"fingerprint": self.fingerprint})
         self.records = {line["unit"]: line for line in lines[1:] if self._is_whole(line)}
 
@@ -113,18 +121,38 @@ class Output:
         `add_files` puts config and tokenizer beside the weights, `describe` checks the folder and
         returns the report. Whatever is killed here can be repeated: the parts go last.
         """
-        spent = self._join_or_index()
-        add_files(self.partial)
-        report = {"fingerprint": self.fingerprint, **describe(self.partial)}
-        (self.partial / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
-        for name in [*spent, JOURNAL_NAME, LOCK_NAME]:
+        try:
+            spent = self._join_or_index()
+            add_files(self.partial)
+            report = {"fingerprint": self.fingerprint, **describe(self.partial)}
+            (self.partial / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+        except BaseException as error:
+            # without its config nothing takes the folder for a model
+            (self.partial / "config.json").unlink(missing_ok=True)
+            if isinstance(error, OSError | SafetensorError):
+                raise RunError(f"cannot complete {self.partial}: {error}") from error
+            raise
+        for name in [*spent, JOURNAL_NAME]:
             (self.partial / name).unlink(missing_ok=True)
-        replaced = self.folder.with_name(self.folder.name + ".replaced")
+        shutil.rmtree(self._replaced, ignore_errors=True)
         if self.folder.exists():
-            self.folder.rename(replaced)
+            self.folder.rename(self._replaced)
         self.partial.rename(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        # only now: until here a second run must find the folder locked
+        (self.folder / LOCK_NAME).unlink(missing_ok=True)
         self._lock.close()
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _beside(self, ending: str) -> Path:
+        return self.folder.parent / (self.folder.name + ending)
+
+    def _clear(self) -> None:
+        """Empty the partial folder, but for the lock."""
+        for path in self.partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_NAME:
+                path.unlink()
 
     def _join_or_index(self) -> list[str]:
         """Make the parts a checkpoint: one joined file if they are small, else an index over them.
@@ -179,14 +207,21 @@ class Output:
         path = self.partial / JOURNAL_NAME
         if not path.is_file():
             return []
-        text = path.read_text()
+        text = path.read_text(errors="replace")
         lines = []
         for line in text.splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
                 break
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        whole = "".join(json.dumps(line) + "\n" for line in lines)
+        if whole != text:
+            try:
+                cut = path.with_suffix(".writing")
+                cut.write_text(whole)
+                cut.rename(path)
+            except OSError as error:
+                raise RunError(f"cannot mend the journal in {self.partial}: {error}") from error
         return lines
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
@@ -197,6 +232,10 @@ class Output:
             return bool(_size_on_disk(self.partial / line["file"]) == line["bytes"])
         except UserError:
             return False
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

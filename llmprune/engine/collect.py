@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from llmprune.arch.discover import expert_blocks
-from llmprune.engine.observe import Observe, Product, input_key
+from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.statistics import Stats
 from llmprune.types import RunError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
 
 
 class _Enough(BaseException):
@@ -27,8 +29,7 @@ class Collector:
     def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str]) -> None:
         self._wanted = wanted
         self._kinds = kinds
-        self._seen: list[Product] = []
-        self._observe = Observe(wanted, self._see)
+        self._seen: list[tuple[Product, InputKey]] = []
         self._muted = False
         self._enough: int | None = None
         self.stats: dict[str, Stats] = {}
@@ -36,10 +37,15 @@ class Collector:
 
     def run(self, module: nn.Module, calls: Iterable[Call], *, all_experts: bool = False) -> None:
         """Call `module` on every captured `(args, kwargs)`; outputs are dropped."""
+        # held by no attribute: a cycle would keep the weights of a finished layer until the next collection
+        observe = Observe(self._wanted, self._see)
         blocks = [block for _, block in expert_blocks(module)]
         for number, (args, kwargs) in enumerate(calls):
-            with contextlib.suppress(_Enough), self._observe, _every_token_to_every_expert(self, blocks, all_experts):
+            given = [(one, one._version) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+            with contextlib.suppress(_Enough), observe, _every_token_to_every_expert(self, blocks, all_experts):
                 module(*args, **kwargs)
+            if any(one._version != version for one, version in given):
+                raise RunError(f"{type(module).__name__} changes its own input {IN_PLACE}")
             if not blocks:
                 # the first batch tells how many products there are; later ones stop at the last
                 self._enough = len(self._seen)
@@ -47,7 +53,7 @@ class Collector:
 
     def add(self, product: Product, batch: int) -> None:
         """Take in one product that was seen elsewhere."""
-        self._seen.append(product)
+        self._see([product])
         self._accumulate(batch)
 
     @contextlib.contextmanager
@@ -61,27 +67,43 @@ class Collector:
     def _see(self, products: list[Product]) -> None:
         if self._muted:
             return
-        self._seen.extend(products)
+        self._seen.extend((one, input_key(one.x_TI)) for one in products)
         if len(self._seen) == self._enough:
             raise _Enough
 
     def _accumulate(self, batch: int) -> None:
         # a matrix used twice has two inputs; matrices with the same inputs share their statistics
         inputs: dict[str, list[Product]] = {}
-        for product in self._seen:
+        keys: dict[str, tuple[InputKey, ...]] = {}
+        for product, key in self._seen:
+            self.transposed.setdefault(product.name, product.transposed)
             if not len(product.x_TI):
                 continue
+            if input_key(product.x_TI) != key:
+                raise RunError(f"the input of {product.name} is changed {IN_PLACE}")
             inputs.setdefault(product.name, []).append(product)
-            self.transposed.setdefault(product.name, product.transposed)
-        groups: dict[tuple[tuple[int, ...], ...], list[str]] = {}
-        for name, products in inputs.items():
-            groups.setdefault(tuple(input_key(one.x_TI) for one in products), []).append(name)
+            keys[product.name] = (*keys.get(product.name, ()), key)
+        groups: dict[tuple[InputKey, ...], list[str]] = {}
+        for name, its_keys in keys.items():
+            groups.setdefault(its_keys, []).append(name)
+        updated: set[int] = set()
         for names in groups.values():
             stats = self._shared(names, inputs[names[0]][0].x_TI)
+            if id(stats) in updated:
+                raise RunError(f"{names[0]} shares its input in one batch and not in another; exclude it")
+            updated.add(id(stats))
             for product in inputs[names[0]]:
-                check_finite(product.x_TI, product.name, batch)
                 stats.update(product.x_TI)
+                if not bool(torch.isfinite(stats.square_sums_I).all()):
+                    self._check_weights()
+                    raise RunError(_not_finite(product.x_TI, product.name, batch))
         self._seen.clear()
+
+    def _check_weights(self) -> None:
+        """Where an input is not finite, a matrix before it may be the cause; raises RunError if so."""
+        for name, parameter in self._wanted.items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise RunError(f"{name} holds NaN or infinity; the checkpoint is damaged: download it again")
 
     def _shared(self, names: list[str], x_TI: torch.Tensor) -> Stats:
         known = {id(self.stats[name]) for name in names if name in self.stats}
@@ -94,15 +116,14 @@ class Collector:
         return stats
 
 
-def check_finite(x_TI: torch.Tensor, name: str, batch: int) -> None:
-    """Stop at NaN or infinity in an input, naming matrix and batch; raises RunError."""
-    # the sum is one cheap pass; it can overflow where no element has, so it only raises suspicion
-    if not bool(torch.isfinite(x_TI.sum())) and not bool(torch.isfinite(x_TI).all()):
-        bad = int((~torch.isfinite(x_TI)).any(1).sum())
-        raise RunError(
-            f"the input of {name} holds NaN or infinity for {bad} of {len(x_TI)} tokens of calibration batch {batch}; "
-            "the checkpoint may be damaged, or the dtype too narrow: try --dtype float32"
-        )
+def _not_finite(x_TI: torch.Tensor, name: str, batch: int) -> str:
+    """What to say of an input whose statistics are not finite."""
+    bad = int((~torch.isfinite(x_TI)).any(1).sum())
+    what = f"NaN or infinity for {bad} of {len(x_TI)} tokens" if bad else "values whose squares overflow float32"
+    return (
+        f"the input of {name} holds {what} in calibration batch {batch}; "
+        "the checkpoint may be damaged, or the dtype too narrow: try --dtype float32"
+    )
 
 
 @contextlib.contextmanager

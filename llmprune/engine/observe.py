@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_WEIGHT_SECOND = {
+_EITHER = {
     torch.matmul,
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
@@ -59,8 +59,7 @@ class Observe(TorchFunctionMode):
         self._by_storage = {one.untyped_storage().data_ptr(): (name, one) for name, one in parameters.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operands = _operands(func, args, kwargs or {})
-        if operands is not None:
+        for operands in _operands(func, args, kwargs or {}):
             products = list(self._products(*operands))
             if products:
                 self._seen(products)
@@ -93,18 +92,20 @@ class Observe(TorchFunctionMode):
             yield Product(name, first if parameter.dim() == 3 else None, transposed, x.reshape(-1, inputs))
 
 
-def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The data and the weight, as inputs x outputs, of a product operator; None for every other function."""
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What may be the data and the weight, as inputs x outputs, of a product operator; nothing for other functions."""
     if func is F.linear:
         x, weight_OI = _pick(args, kwargs, ("input", "weight"))
-        return (x, weight_OI.mT) if weight_OI.dim() == 2 else None
-    if func in _WEIGHT_SECOND:
-        x, weight = _pick(args, kwargs, ("input", "other" if "matmul" in func.__name__ else "mat2"))
-        return (x, weight)
-    if func in _WEIGHT_THIRD:
+        if weight_OI.dim() == 2:
+            yield x, weight_OI.mT
+    elif func in _EITHER:
+        first, second = _pick(args, kwargs, ("input", "other" if "matmul" in func.__name__ else "mat2"))
+        yield first, second
+        if first.dim() > 1 and second.dim() > 1:
+            yield second.mT, first.mT
+    elif func in _WEIGHT_THIRD:
         batched = "baddbmm" in func.__name__
-        return _pick(args[1:], kwargs, ("batch1", "batch2") if batched else ("mat1", "mat2"))
-    return None
+        yield _pick(args[1:], kwargs, ("batch1", "batch2") if batched else ("mat1", "mat2"))
 
 
 def _pick(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +113,9 @@ def _pick(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, str])
     return first, second
 
 
-def input_key(x_TI: torch.Tensor) -> tuple[int, ...]:
+InputKey = tuple[int, ...]
+
+
+def input_key(x_TI: torch.Tensor) -> InputKey:
     """Identity of an input while it is alive: two products with equal keys read the same values."""
     return (x_TI.data_ptr(), x_TI._version, *x_TI.shape, *x_TI.stride())

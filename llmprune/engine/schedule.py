@@ -16,7 +16,7 @@ from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.collect import Collector
-from llmprune.engine.observe import Observe, Product
+from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.engine.suspend import DONE, Stop, Suspended
 from llmprune.statistics import Stats
 from llmprune.types import RunError
@@ -37,7 +37,7 @@ class Work(Protocol):
         """Names of the matrices of `unit` that are still to be solved."""
 
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
-        """Prune the matrices whose statistics are given."""
+        """Prune the matrices whose statistics are given; uses the dict up."""
 
     def finish(self, unit: Unit) -> None:
         """Nothing more will be measured in `unit`."""
@@ -67,9 +67,7 @@ def _by_layer(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
         if stop.kind == "unit":
             work.enter(unit)
             if work.wanted(unit):
-                collector = Collector(_parameters(unit, work.wanted(unit)), work.kinds)
-                collector.run(unit.module, suspended.payloads(), all_experts=work.all_experts)
-                work.solve(unit, collector.stats, collector.transposed)
+                _measure_and_solve(unit, unit.module, work.wanted(unit), suspended, work)
             work.finish(unit)
         if work.complete():
             return
@@ -93,7 +91,7 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
                     suspended.pause(Stop("product", product.name, product))
 
     observe = Observe({}, see)
-    last: tuple[Collector, Any] | None = None
+    last: Solved | None = None
     # forwards end inside the mode in which they were suspended
     with observe, contextlib.closing(suspended), contextlib.ExitStack() as blocks:
         suspended.start()
@@ -119,9 +117,7 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
                     for name in work.wanted(current)
                     if name.partition("[")[0].startswith(f"{current.prefix}{stop.name}.")
                 }
-                collector = Collector(_parameters(current, wanted), work.kinds)
-                collector.run(block, suspended.payloads(), all_experts=work.all_experts)
-                work.solve(current, collector.stats, collector.transposed)
+                _measure_and_solve(current, block, wanted, suspended, work)
             else:
                 assert current is not None
                 last = _solve_product(current, stop.name, suspended, work, last)
@@ -132,16 +128,22 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
             suspended.advance()
 
 
-def _solve_product(
-    unit: Unit, name: str, suspended: Suspended, work: Work, last: tuple[Collector, list[Any]] | None
-) -> tuple[Collector, list[Any]]:
+def _measure_and_solve(unit: Unit, module: nn.Module, wanted: set[str], suspended: Suspended, work: Work) -> None:
+    """Run `module` of `unit` on what the batches hold before it, and solve the `wanted` matrices in it."""
+    collector = Collector(_parameters(unit, wanted), work.kinds)
+    collector.run(module, suspended.payloads(), all_experts=work.all_experts)
+    work.solve(unit, collector.stats, collector.transposed)
+
+
+# A collector, and the products that it took in with the keys that their inputs had.
+Solved = tuple[Collector, list[Product], list[InputKey]]
+
+
+def _solve_product(unit: Unit, name: str, suspended: Suspended, work: Work, last: Solved | None) -> Solved:
     """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
     products: list[Product] = list(suspended.payloads())
-    inputs = [product.x_TI for product in products]
-    if last is not None and all(
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
-        for a, b in zip(inputs, last[1], strict=True)
-    ):
+    keys = [input_key(product.x_TI) for product in products]
+    if last is not None and keys == last[2]:
         stats = next(iter(last[0].stats.values()))
         last[0].stats[name] = stats
         collector = last[0]
@@ -150,7 +152,7 @@ def _solve_product(
         for number, product in enumerate(products):
             collector.add(product, number)
     work.solve(unit, {name: collector.stats[name]}, {name: products[0].transposed})
-    return collector, inputs
+    return collector, products, keys
 
 
 def _parameter(unit: Unit, name: str) -> nn.Parameter:

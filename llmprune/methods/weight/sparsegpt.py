@@ -81,4 +81,5 @@ class SparseGPT:
         notes: dict[str, object] = {}
         if factor.damping != self.damping or factor.float64:
             notes = {"damping": factor.damping, "float64": factor.float64}
-        return Edit((dense_IO - change_IO).T, pruned_IO.T, notes, loss=max(loss, 0.0))
+        pruned_weight_IO = torch.sub(dense_IO, change_IO, out=change_IO)
+        return Edit(pruned_weight_IO.T, pruned_IO.T, notes, loss=max(loss, 0.0))

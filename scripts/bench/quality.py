@@ -1,0 +1,100 @@
+"""Perplexity of every spine method on the small real models: model x method x amount.
+
+Calibration: 64 sequences of 256 tokens of the text that belongs to each model, seed 0. Evaluation:
+windows of 256 tokens laid end to end over the model's evaluation text, float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+
+import llmprune
+
+MODELS = {
+    "stories260K": "stories",
+    "babyllama-tok105": "stories",
+    "tales-llama": "tales",
+    "mix-qwen3": "web",
+    "tales-qwen3moe": "tales",
+}
+METHODS = ("magnitude", "wanda", "sparsegpt")
+AMOUNTS: dict[str, dict[str, Any]] = {
+    "50 %": {"sparsity": 0.5},
+    "2:4": {"pattern": "2:4"},
+    "4:8": {"pattern": "4:8"},
+    "70 %": {"sparsity": 0.7},
+}
+WINDOWS = 120
+
+
+def perplexity(model: Path, text: str) -> dict[str, Any]:
+    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
+    measured: dict[str, Any] = llmprune.evaluate(
+        model, perplexity=spec, seqlen=256, max_windows=WINDOWS, dtype="float32"
+    )["perplexity"][spec]
+    return measured
+
+
+def misfit(model: Path, amount: dict[str, Any]) -> list[str]:
+    """Matrices that a pattern does not divide are left dense, and named in the record."""
+    group = int(amount["pattern"].split(":")[1]) if "pattern" in amount else 1
+    plan = llmprune.prune(model, method="magnitude", sparsity=0.5, dry_run=True).report
+    return [row["name"] for row in plan["tensors"] if row["shape"][1] % group]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--schedule", default="layer")
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    for name in arguments.models:
+        model, text = record.SHARED / "models" / name, MODELS[name]
+        results[name] = {"text": text, "dense": perplexity(model, text)}
+        for method in METHODS:
+            for label, amount in AMOUNTS.items():
+                results[name][f"{method} {label}"] = one(model, text, method, amount, arguments.schedule)
+        print(name, {key: round(value["ppl"], 3) for key, value in results[name].items() if key != "text"}, flush=True)
+    rows = [
+        [f"{name} (dense {found['dense']['ppl']:.3f})", method]
+        + [
+            f"{found[f'{method} {label}']['ppl']:.3f}{'*' if found[f'{method} {label}']['left_dense'] else ''}"
+            for label in AMOUNTS
+        ]
+        for name, found in results.items()
+        for method in METHODS
+    ]
+    note = (
+        f"\nPerplexity, at most {WINDOWS} windows of 256 tokens of the evaluation text, float32; calibration on 64 x 256 "
+        f"tokens of the model's calibration text, seed 0, schedule `{arguments.schedule}`. BOS where the tokenizer adds it.\n"
+        "* down_proj left dense: the pattern does not divide its inputs.\n"
+    )
+    save = {"environment": record.environment(), "protocol": note.strip(), "results": results}
+    record.save("quality", save, record.table(["model", "method", *AMOUNTS], rows) + note)
+
+
+def one(model: Path, text: str, method: str, amount: dict[str, Any], schedule: str) -> dict[str, Any]:
+    ignore = misfit(model, amount)
+    with tempfile.TemporaryDirectory() as folder:
+        result = llmprune.prune(
+            model,
+            out=Path(folder) / "out",
+            method=method,
+            calibration=f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+            samples=64,
+            seqlen=256,
+            schedule=schedule,
+            ignore=ignore,
+            **amount,
+        )
+        measured = perplexity(Path(folder) / "out", text)
+    return {**measured, "seconds": result.report["run"]["seconds"], "left_dense": ignore}
+
+
+if __name__ == "__main__":
+    main()

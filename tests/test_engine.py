@@ -1,0 +1,362 @@
+"""The engine against a plain forward: same outputs, same Gram matrices, in every layout and both schedules."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import lru_cache
+from typing import Any
+
+import plain
+import pytest
+import tiny
+import torch
+from plain import assert_gram
+from torch import nn
+from transformers import PreTrainedModel
+
+import llmprune
+from llmprune.arch.discover import Unit, find_units
+from llmprune.checkpoint.skeleton import run_experts_one_by_one
+from llmprune.engine import schedule
+from llmprune.engine.collect import Collector
+from llmprune.engine.observe import Observe
+from llmprune.methods.weight.sparsegpt import SparseGPT
+from llmprune.statistics import GRAM, Stats
+from llmprune.types import Edit, Matrix, RunError
+
+LAYOUTS = list(tiny.TINY)
+SCHEDULES = ["layer", "module"]
+ROUTED = [name for name in tiny.FUSED if name != "llama4"]
+
+# Of unequal size and length.
+BATCHES = [{"input_ids": tiny.tokens(*shape, seed=seed)} for seed, shape in enumerate([(2, 24), (2, 24), (1, 17)])]
+TOKENS = sum(batch["input_ids"].numel() for batch in BATCHES)
+
+
+class Watching:
+    """Work that changes no weight: keeps the statistics, and the order in which it was called."""
+
+    kinds = frozenset({GRAM})
+
+    def __init__(self, units: list[Unit], *, all_experts: bool) -> None:
+        self.all_experts = all_experts
+        self.left = {unit.name: {spec.name for spec in unit.matrices} for unit in units}
+        self.logits: list[torch.Tensor] = []
+        self.stats: dict[str, Stats] = {}
+        self.transposed: dict[str, bool] = {}
+        self.events: list[str] = []
+
+    def enter(self, unit: Unit) -> None:
+        self.events.append(f"enter {unit.name}")
+
+    def wanted(self, unit: Unit) -> set[str]:
+        return self.left[unit.name]
+
+    def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
+        assert not stats.keys() & self.stats.keys(), "solved twice"
+        self.stats.update(stats)
+        self.transposed.update(transposed)
+        self.left[unit.name] -= stats.keys()
+
+    def finish(self, unit: Unit) -> None:
+        pass
+
+    def leave(self, unit: Unit) -> None:
+        self.events.append(f"leave {unit.name}")
+
+    def complete(self) -> bool:
+        return len(self.logits) == len(BATCHES)  # so that the forwards go on to their end
+
+
+def watch(model: PreTrainedModel, how: str, *, head: bool = False, all_experts: bool = False) -> Watching:
+    units = find_units(model, head=head)
+    work = Watching(units, all_experts=all_experts)
+
+    def forward(**batch: Any) -> None:
+        work.logits.append(model(**batch).logits)
+
+    with torch.no_grad(), run_experts_one_by_one(model):
+        schedule.run(forward, units, BATCHES, how, work)  # type: ignore[arg-type]
+    return work
+
+
+@lru_cache
+def watched(name: str, how: str, all_experts: bool = False) -> Watching:
+    return watch(tiny.build(name), how, all_experts=all_experts)
+
+
+@lru_cache
+def reference(name: str, everyone: bool = False) -> dict[str, plain.Inputs]:
+    return plain.inputs(name, tiny.build(name), BATCHES, everyone=everyone)
+
+
+def matrices(model: PreTrainedModel) -> set[str]:
+    return {spec.name for unit in find_units(model, head=False) for spec in unit.matrices}
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def assert_no_hooks(model: PreTrainedModel) -> None:
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+# --- solving nothing ---
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_forward_is_the_plain_forward(name: str, how: str) -> None:
+    model = tiny.build(name)
+    work = watch(model, how)
+    assert_same(work.logits, plain.logits(tiny.build(name), BATCHES))
+    assert_same(list(model.state_dict().values()), list(tiny.build(name).state_dict().values()))
+    # one unit at a time: each is left before the next is entered (the last one stays where it ends)
+    layers = [unit.name for unit in find_units(model, head=False)]
+    assert len(layers) == model.config.num_hidden_layers
+    order = [f"{what} {layer}" for layer in layers for what in ("enter", "leave")]
+    assert work.events[: len(order) - 1] == order[:-1]
+    assert_no_hooks(model)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gram_matrices_are_those_of_a_plain_forward(name: str, how: str) -> None:
+    work = watched(name, how)
+    assert work.stats.keys() == matrices(tiny.build(name))
+    for key, stats in work.stats.items():
+        inputs = reference(name)[key]
+        assert stats.tokens == len(inputs.x_TI), key
+        assert_gram(stats.gram_II, inputs, key)
+        inputs_first = name == "gpt2" or (name in tiny.INPUTS_FIRST and ".experts." in key)
+        assert work.transposed[key] == inputs_first, key
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+def test_gram_matrix_of_the_head(how: str) -> None:
+    model = tiny.build("llama")
+    work = watch(model, how, head=True)
+    assert_gram(work.stats["lm_head.weight"].gram_II, reference("llama")["lm_head.weight"], "lm_head")
+    assert_same(work.logits, plain.logits(model, BATCHES))
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+SHARED = {
+    "llama": [QKV, ("mlp.gate_proj", "mlp.up_proj")],
+    "qwen3": [QKV, ("mlp.gate_proj", "mlp.up_proj")],
+    "opt": [QKV],
+    "mixtral": [QKV],
+    "deepseek-v3": [("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")],
+    "llama4": [QKV, ("feed_forward.shared_expert.gate_proj", "feed_forward.shared_expert.up_proj")],
+    "qwen3-next": [QKV, ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")],
+}
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", SHARED)
+def test_matrices_with_one_input_share_one_statistics_object(name: str, how: str) -> None:
+    work = watched(name, how)
+    layer = find_units(tiny.build(name), head=False)[1].name
+    for group in SHARED[name]:
+        assert len({id(work.stats[f"{layer}.{short}.weight"]) for short in group}) == 1, group
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_statistics_are_shared_exactly_where_inputs_are_equal(name: str) -> None:
+    by_object: dict[int, set[str]] = defaultdict(set)
+    by_value: dict[bytes, set[str]] = defaultdict(set)
+    for key, stats in watched(name, "layer").stats.items():
+        by_object[id(stats)].add(key)
+        by_value[reference(name)[key].x_TI.tobytes()].add(key)
+    assert sorted(map(sorted, by_object.values())) == sorted(map(sorted, by_value.values()))
+
+
+# --- experts ---
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", tiny.FUSED)
+def test_tokens_of_the_experts_add_up(name: str, how: str) -> None:
+    counted: dict[str, int] = defaultdict(int)
+    for key, stats in watched(name, how).stats.items():
+        if key.endswith("]"):
+            counted[key.partition("[")[0]] += stats.tokens
+    assert counted and set(counted.values()) == {TOKENS * tiny.TINY[name].num_experts_per_tok}
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", ROUTED)
+def test_all_experts_sees_every_token_and_changes_no_output(name: str, how: str) -> None:
+    work = watched(name, how, True)
+    assert_same(work.logits, watched(name, how).logits)
+    assert work.stats.keys() == matrices(tiny.build(name))
+    for key, stats in work.stats.items():
+        assert stats.tokens == TOKENS, key
+        assert_gram(stats.gram_II, reference(name, everyone=True)[key], key)
+
+
+def test_all_experts_is_refused_where_routing_cannot_be_replaced() -> None:
+    with pytest.raises(RunError, match=r"all_experts.*takes no expert index"):
+        watch(tiny.build("llama4"), "layer", all_experts=True)
+
+
+# --- what is measured is what the pruned model sees ---
+
+
+def grams_of_a_run(model: PreTrainedModel, how: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Prune `model` in place; the Gram matrices that the method was given."""
+    grams = {}
+    solve = SparseGPT.solve
+
+    def recorded(self: SparseGPT, matrix: Matrix, stats: Stats, budget: Any) -> Edit:
+        grams[matrix.name] = stats.gram_II
+        return solve(self, matrix, stats, budget)
+
+    monkeypatch.setattr(SparseGPT, "solve", recorded)
+    rows = [row for batch in BATCHES for row in batch["input_ids"]]
+    llmprune.prune(model, method="sparsegpt", sparsity=0.5, calibration=rows, batch_size=2, schedule=how)
+    assert grams.keys() == matrices(model)
+    return grams
+
+
+# No experts: inside their block, schedule "module" too measures before it solves.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gemma3", "mamba"])
+def test_schedule_module_measures_with_pruned_predecessors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build(name)
+    grams = grams_of_a_run(model, "module", monkeypatch)
+    pruned = plain.inputs(name, model, BATCHES)
+    for key, gram_II in grams.items():
+        assert_gram(gram_II, pruned[key], key)
+
+
+def test_schedule_layer_measures_with_dense_predecessors_in_pruned_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    grams = grams_of_a_run(model, "layer", monkeypatch)
+    pruned, dense = plain.inputs("llama", model, BATCHES), reference("llama")
+    for key, gram_II in grams.items():
+        if key.startswith("model.layers.0."):
+            assert_gram(gram_II, dense[key], key)
+        if key.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+            assert_gram(gram_II, pruned[key], key)
+        else:
+            with pytest.raises(AssertionError, match="times the bound"):
+                assert_gram(gram_II, pruned[key], key)
+
+
+# --- what is not finite ---
+
+
+def prune(model: PreTrainedModel, how: str, **settings: Any) -> llmprune.Result:
+    """Tokens 0 to 11 and 20 to 31 are batch 0, 40 to 51 and 60 to 71 batch 1, 80 to 91 batch 2."""
+    ids = [torch.arange(12) + first for first in (0, 20, 40, 60, 80)]
+    settings = {"method": "sparsegpt", "sparsity": 0.5, **settings}
+    return llmprune.prune(model, calibration=ids, batch_size=2, schedule=how, **settings)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_activations_name_layer_matrix_and_batch(how: str, bad: float) -> None:
+    model = tiny.build("llama")
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = bad
+    with pytest.raises(RunError, match=r"model\.layers\.1\.mlp\.(gate|up)_proj\.weight .*for 24 of 24 .*batch 0"):
+        prune(model, how)
+    assert_no_hooks(model)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+def test_non_finite_activations_name_the_batch_that_holds_them(how: str) -> None:
+    model = tiny.build("opt")
+    model.model.decoder.embed_tokens.weight.data[65] = float("nan")
+    with pytest.raises(RunError, match=r"layers\.0\.self_attn\.[qkv]_proj\.weight .*for 1 of 24 tokens .*batch 1"):
+        prune(model, how)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("short", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_non_finite_weights_are_named(short: str, how: str) -> None:
+    model = tiny.build("llama")
+    model.get_submodule(f"model.layers.1.{short}").weight.data[2, 3] = float("nan")
+    with pytest.raises(RunError, match=rf"model\.layers\.1\.{short}\.weight holds NaN"):
+        prune(model, how)
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("name", tiny.FUSED)
+def test_non_finite_weights_of_an_expert_are_named(name: str, how: str) -> None:
+    model = tiny.build(name)
+    path, parameter = next(one for one in model.named_parameters() if one[0].endswith("experts.gate_up_proj"))
+    parameter.data[1, 2, 3] = float("inf")
+    with pytest.raises(RunError, match=rf"{path}.* holds NaN or infinity"):
+        prune(model, how)
+
+
+# --- operators and tensors that no layout above has ---
+
+
+def test_experts_are_told_apart_in_either_order_of_operands() -> None:
+    a_EIO, b_EOI = nn.Parameter(torch.randn(3, 4, 6)), nn.Parameter(torch.randn(3, 6, 4))
+    seen = []
+    x_TI = torch.randn(5, 4)
+    with Observe({"a": a_EIO, "b": b_EOI}, lambda products: seen.extend((p.name, p.transposed) for p in products)):
+        x_TI @ a_EIO[1]
+        b_EOI[2] @ x_TI.T
+        torch.nn.functional.linear(x_TI, b_EOI[0])
+        torch.addmm(torch.zeros(6), x_TI, a_EIO[2])
+        torch.bmm(x_TI.expand(3, 5, 4), a_EIO)
+        torch.bmm(b_EOI, x_TI.T.expand(3, 4, 5))
+        x_TI @ x_TI.T
+    batched = [("a[0]", True), ("a[1]", True), ("a[2]", True), ("b[0]", False), ("b[1]", False), ("b[2]", False)]
+    assert seen == [("a[1]", True), ("b[2]", False), ("b[0]", False), ("a[2]", True), *batched]
+
+
+class Careless(nn.Module):
+    """A layer that changes a tensor in place after it has been multiplied."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.what == "its own input":
+            return x.add_(self.second(self.first(x * 2)))
+        hidden = x * 2
+        y = self.first(hidden)
+        hidden.add_(1)
+        return self.second(hidden) + y
+
+
+@pytest.mark.parametrize("what", ["its own input", "the input of first"])
+def test_changes_in_place_are_noticed(what: str) -> None:
+    layer = Careless(what)
+    collector = Collector({"first": layer.first.weight, "second": layer.second.weight}, frozenset({GRAM}))
+    with torch.no_grad(), pytest.raises(RunError, match=rf"{what} .*in place.*--schedule module"):
+        collector.run(layer, [((torch.randn(3, 8),), {}), ((torch.randn(3, 8),), {})])
+
+
+# --- the caller's model ---
+
+
+def settings_of(model: PreTrainedModel) -> list[Any]:
+    modes = [(path, module.training) for path, module in model.named_modules()]
+    implementations = [module.config._experts_implementation for module in model.modules() if hasattr(module, "config")]
+    return [modes, implementations, [parameter.requires_grad for parameter in model.parameters()]]
+
+
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("mode", ["training", "evaluation", "mixed"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_gets_its_settings_back(how: str, mode: str, fails: bool) -> None:
+    model = tiny.build("mixtral").train(mode != "evaluation")
+    model.model.layers[1].train(mode == "training")
+    assert model.config._experts_implementation != "eager"
+    before = settings_of(model)
+    if fails:
+        model.model.layers[1].post_attention_layernorm.weight.data[3] = float("nan")
+        with pytest.raises(RunError):
+            prune(model, how)
+    else:
+        prune(model, how)
+    assert settings_of(model) == before
+    assert_no_hooks(model)
