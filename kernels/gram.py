@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llmprune.kernels.product import product_nt, use_onednn
+
 # Enough stripes that the wasted upper parts of the diagonal blocks cost little,
 # few enough that each product stays large: 8 was the knee on d = 1024 ... 11008.
 STRIPES = 8
@@ -22,6 +24,12 @@ def gram_update_(lower_II: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     stripe = -(-width // STRIPES)
     for rows_TI in x_TI.split(ROWS):
         rows_TI = rows_TI.float()
+        if use_onednn(rows_TI.T, rows_TI.T):
+            rows_IT = rows_TI.T.contiguous()
+            for start in range(0, width, stripe):
+                end = min(start + stripe, width)
+                lower_II[start:, start:end].add_(product_nt(rows_IT[start:], rows_IT[start:end]))
+            continue
         for start in range(0, width, stripe):
             end = min(start + stripe, width)
             lower_II[start:, start:end].addmm_(rows_TI[:, start:].T, rows_TI[:, start:end])

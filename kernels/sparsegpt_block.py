@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmprune import masks
+from llmprune.kernels.product import product_nt
 from llmprune.types import Budget
 
 # Columns swept one by one before the rest of the block is brought up to date with one product.
@@ -38,7 +39,7 @@ def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO:
             if column + 1 < end:
                 current_BO[column + 1 : end].addr_(inverse_t_BB[column + 1 : end, column], error_O, alpha=-1)
         if end < width:
-            current_BO[end:].addmm_(inverse_t_BB[end:, start:end], error_SO, alpha=-1)
+            current_BO[end:].sub_(product_nt(inverse_t_BB[end:, start:end], error_SO.T))
         current_BO[start:end].masked_fill_(pruned_BO[start:end], 0)
         loss += float(torch.sum(error_SO.square(), dtype=torch.float64))
     return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -193,16 +193,26 @@ def sample(
 
 
 def given(data: Any) -> Tokens:
-    """Take token ids that the caller made: lists, a tensor, or dicts with input_ids and attention_mask.
+    """Take token ids that the caller made: lists, a tensor, or mappings with input_ids and attention_mask.
 
-    Positions that an attention mask excludes are removed here, once and for all.
+    Positions that an attention mask excludes are removed here, once and for all. Raises UserError for
+    what is no sequence of token ids.
     """
     sequences = []
-    for number, row in enumerate(data):
-        mask = row.get("attention_mask") if isinstance(row, dict) else None
-        ids = torch.as_tensor(row["input_ids"] if isinstance(row, dict) else row, dtype=torch.int64)
-        rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
-        masks = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).view(rows.shape)
+    for number, row in enumerate([data] if isinstance(data, Mapping) else data):
+        fields = row if isinstance(row, Mapping) else {"input_ids": row}
+        try:
+            ids = torch.as_tensor(fields["input_ids"], dtype=torch.int64)
+            rows = ids.unsqueeze(0) if ids.dim() == 1 else ids
+            mask = fields.get("attention_mask")
+            masks = torch.ones_like(rows) if mask is None else torch.as_tensor(mask).view(rows.shape)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"calibration item {number} holds no token ids ({error}); give lists or tensors of ids, or mappings "
+                "with input_ids and perhaps attention_mask; for text, a SPEC such as file:text.txt"
+            ) from error
+        if rows.dim() != 2 or bool((rows < 0).any()):
+            raise UserError(f"calibration item {number} must be a sequence, or a batch of them, of ids from 0")
         kept = [one[keep.bool()] for one, keep in zip(rows, masks, strict=True)]
         if any(not len(one) for one in kept):
             raise UserError(f"calibration sequence {number} is empty")

@@ -24,6 +24,7 @@ from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_conf
 from llmprune.checkpoint.source import Checkpoint, companions, resolve
 from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
+from llmprune.kernels.product import FastLinear, why_not_onednn
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_method
 from llmprune.pipeline import Pruning
@@ -148,14 +149,17 @@ class Job:
     def _prepared(self, weights: Streamed | Resident) -> Iterator[None]:
         """The model as calibration needs it; a model of the caller's gets its settings back."""
         if isinstance(weights, Streamed):
-            with weights.on_demand():
+            with weights.on_demand(), FastLinear():
                 yield
             return
-        training = self.model.training
+        training = {module: module.training for module in self.model.modules()}
         self.model.eval()
-        with run_experts_one_by_one(self.model):
-            yield
-        self.model.train(training)
+        try:
+            with run_experts_one_by_one(self.model), FastLinear():
+                yield
+        finally:
+            for module, was in training.items():
+                module.training = was
 
     def _each_matrix(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
         """Every chosen matrix with its weights, one unit in memory at a time."""
@@ -252,6 +256,7 @@ class Job:
                 "zeros": sum(row["achieved"] + row["notes"].get("zeros_beyond_plan", 0) for row in tensors),
             },
             "warnings": list(_warnings(tensors, self.tokens)),
+            "kernels": {"float32 products on CPU": why_not_onednn() or "oneDNN"},
             "verified": verified,
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),

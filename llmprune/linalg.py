@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmprune.kernels.product import product_nt
 from llmprune.types import RunError
 
 MAX_DAMPING = 1.0
@@ -73,7 +74,7 @@ def output_energy(weight_OI: torch.Tensor, gram_lower_II: torch.Tensor) -> float
         end = min(start + stripe, width)
         block_OJ = weight_OI[:, start:end]
         # twice everything below the diagonal block, once the diagonal block itself
-        product_OJ = weight_OI[:, end:] @ gram_lower_II[end:, start:end]
+        product_OJ = product_nt(weight_OI[:, end:], gram_lower_II[end:, start:end].T)
         product_OJ.mul_(2)
         diagonal_JJ = gram_lower_II[start:end, start:end].tril()
         product_OJ.addmm_(block_OJ, diagonal_JJ + diagonal_JJ.tril(-1).T)

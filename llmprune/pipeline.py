@@ -42,6 +42,7 @@ class Pruning:
         self._outcomes: list[Outcome] = []
         self._seconds: dict[str, float] = {}
         self._left_alone: dict[str, str] = {}
+        self._transposed: dict[str, bool] = {}
 
     def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
         """Prune with calibration: drive `batches` through the model by the recipe's schedule."""
@@ -71,11 +72,13 @@ class Pruning:
         return self._wanted[unit.name]
 
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
-        for spec in self._open(unit):
-            if spec.name in stats:
-                spec = self._settle_layout(spec, transposed[spec.name])
-                # taken out, so that the last matrix that shares these statistics frees them
-                self._prune(unit, spec, stats.pop(spec.name))
+        # solvers make many small calls, which the modes that watch the forward would slow down
+        with torch._C.DisableTorchFunction():
+            for spec in self._open(unit):
+                if spec.name in stats:
+                    spec = self._settle_layout(spec, transposed[spec.name])
+                    # taken out, so that the last matrix that shares these statistics frees them
+                    self._prune(unit, spec, stats.pop(spec.name))
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:
@@ -103,6 +106,7 @@ class Pruning:
 
     def _settle_layout(self, spec: MatrixSpec, transposed: bool) -> MatrixSpec:
         """Confirm, or learn, which axis of the parameter holds the inputs."""
+        self._transposed[spec.parameter] = transposed
         if spec.transposed is None:
             outputs, inputs = (spec.inputs, spec.outputs) if transposed else (spec.outputs, spec.inputs)
             spec = dataclasses.replace(spec, transposed=transposed, outputs=outputs, inputs=inputs)
@@ -116,13 +120,16 @@ class Pruning:
 
     def _unreached(self, unit: Unit, spec: MatrixSpec) -> None:
         """A matrix that the forward never used: an unseen expert follows the recipe, others stay dense."""
+        if spec.index is not None and self._recipe.calibration.unseen == "error":
+            raise RunError(f"{spec.name}: {UNUSED}; give more text, or set calibration.unseen=magnitude")
+        if spec.transposed is None and spec.parameter in self._transposed:
+            # its siblings in the same parameter were seen
+            spec = self._settle_layout(spec, self._transposed[spec.parameter])
         if spec.index is None or spec.transposed is None:
             self._left_alone[spec.name] = UNUSED
             self._wanted[unit.name].discard(spec.name)
             del self._plan.budgets[spec.name]
             self._reporter.warn(f"{spec.name} is left dense: {UNUSED}")
-        elif self._recipe.calibration.unseen == "error":
-            raise RunError(f"{spec.name}: {UNUSED}; give more text, or set calibration.unseen=magnitude")
         else:
             self._prune(unit, spec, None)
 

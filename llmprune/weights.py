@@ -102,8 +102,7 @@ class Streamed:
         self._checkpoint.close()
 
     def storage_dtype(self, parameter: str) -> torch.dtype:
-        group = self._routing.groups[parameter]
-        return self._checkpoint.entries[group.keys[0]].dtype
+        return self._checkpoint.entries[self._routing.group_of(parameter).keys[0]].dtype
 
     def done(self) -> set[str]:
         return set(self._output.records) if self._output else set()
@@ -142,7 +141,10 @@ class Streamed:
             name = names[id(module)]
             if any(isinstance(one, torch.Tensor) and one.device.type == "meta" for one in args):
                 # torch would go on with uninitialised memory
-                raise RunError(f"the model moves the input of {name} to weights that are not loaded yet; load it whole")
+                raise RunError(
+                    f"the model moves the input of {name} to weights that are not loaded yet; "
+                    "load it with transformers and pass the loaded model"
+                )
             if any(one.device.type == "meta" for one in module.parameters(recurse=False)):
                 self._load_own(name, module)
 

@@ -310,6 +310,20 @@ def test_experts_are_told_apart_in_either_order_of_operands() -> None:
     assert seen == [("a[1]", True), ("b[2]", False), ("b[0]", False), ("a[2]", True), *batched]
 
 
+def test_parameters_cut_out_of_one_tensor_are_told_apart() -> None:
+    q_OI, k_OI = (nn.Parameter(one) for one in torch.randn(12, 4).chunk(2))
+    gate_EOI, up_EOI = (nn.Parameter(one) for one in torch.randn(3, 12, 4).chunk(2, dim=1))
+    parameters = {"q": q_OI, "k": k_OI, "gate": gate_EOI, "up": up_EOI}
+    seen = []
+    x_TI = torch.randn(5, 4)
+    with Observe(parameters, lambda products: seen.extend(product.name for product in products)):
+        for weight_OI in (k_OI, q_OI, gate_EOI[1], up_EOI[1], up_EOI[2]):
+            torch.nn.functional.linear(x_TI, weight_OI)
+        torch.bmm(x_TI.expand(2, 5, 4), up_EOI[1:].mT)
+        torch.nn.functional.linear(x_TI, q_OI[1:])
+    assert seen == ["k", "q", "gate[1]", "up[1]", "up[2]", "up[1]", "up[2]"]
+
+
 class Careless(nn.Module):
     """A layer that changes a tensor in place after it has been multiplied."""
 

@@ -214,7 +214,9 @@ def test_index_that_is_none(work: Path, text: str) -> None:
     half_refused(work, says=(str(index), "is not a safetensors index"))
 
 
-@pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.3.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
 def test_missing_tensor(work: Path, name: str) -> None:
     edit_weights(work, lambda state: state.pop(name))
     half_refused(work, says=(str(work / "model"), "lacks the tensor", name))
@@ -319,7 +321,9 @@ def test_pattern_that_is_none(work: Path, pattern: str) -> None:
     prune_refused(work, "--pattern", pattern, says=(f"pattern {pattern!r}",))
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("sparsegtp", "sparsegpt"), ("wandaa", "wanda"), ("magnitud", "magnitude")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("sparsegtp", "sparsegpt"), ("wandaa", "wanda"), ("magnitud", "magnitude")]
+)
 def test_unknown_method(work: Path, typed: str, meant: str) -> None:
     half_refused(work, "--method", typed, says=(f"unknown method {typed!r}", f"did you mean {meant!r}?", "known:"))
 
@@ -395,9 +399,7 @@ def test_missing_recipe(work: Path) -> None:
 def test_recipe_with_empty_sections_is_accepted(work: Path) -> None:
     (work / "r.yaml").write_text("sparsity: 0.5\noptions:\ncalibration:\n")
     settings = ("--set", "damping=1e-2", "--set", "calibration.source=demo")
-    ran = cli(
-        "prune", work / "model", "--out", work / "out", "--recipe", work / "r.yaml", *settings, *QUICK, "--json"
-    )
+    ran = cli("prune", work / "model", "--out", work / "out", "--recipe", work / "r.yaml", *settings, *QUICK, "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out)["recipe"]["options"] == {"damping": 0.01}
 

@@ -17,7 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import llmprune
+from llmprune.arch.discover import find_units
+from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.source import Checkpoint
 from llmprune.types import RunError
+from llmprune.weights import Streamed
 
 LAYOUTS = list(tiny.TINY)
 SCHEDULES = ["layer", "module"]
@@ -271,6 +275,19 @@ def test_the_input_folder_is_untouched(name: str, how: str, tmp_path: Path) -> N
     llmprune.prune(source, out=tmp_path / "out", **settings(how))
     assert digest(source) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_input_without_data_is_never_computed_with(runs: Runs) -> None:
+    """Torch takes a tensor on the meta device beside weights with data, and answers with uninitialised memory."""
+    source = runs.source("llama")
+    model = build_skeleton(load_config(str(source)), torch.float32)
+    weights = Streamed(
+        model, Checkpoint(source), None, find_units(model, head=False), torch.float32, torch.device("cpu")
+    )
+    with weights.on_demand(), torch.no_grad():
+        assert bool(model.model.embed_tokens(tiny.tokens()).isfinite().all())
+        with pytest.raises(RunError, match="input of model.embed_tokens .* pass the loaded model"):
+            model.model.embed_tokens(tiny.tokens().to("meta"))
 
 
 # --- tokens that count ---

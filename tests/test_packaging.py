@@ -136,7 +136,11 @@ def test_no_pickle_and_no_unasked_code(name: str, path: Path) -> None:
     for word in ("torch.load(", "import pickle", "yaml.unsafe_load(", "trust_remote_code=True"):
         assert word not in text, f"{name} contains {word}"
     assert "yaml.load(" not in text.replace("yaml.load(text, Loader=_Loader)", "")  # a SafeLoader of our own
-    called = {node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = {
+        node.func.id
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
     assert not called & {"eval", "exec", "compile", "__import__"}
 
 

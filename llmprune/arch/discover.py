@@ -42,7 +42,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) and "expert" not in name.lower()
     ]
     inside = {id(module) for module in decoder.modules()}
-    found = [(name, module) for name, module in lists if id(module) in inside]
+    # some classes call their head "decoder"
+    found = [(name, module) for name, module in lists if id(module) in inside] or lists
     several = [one for one in found if len(one[1]) > 1] or found
     if not several:
         raise UserError(f"no list of decoder layers found in {type(model).__name__}")
@@ -65,13 +66,18 @@ def find_units(model: PreTrainedModel, *, head: bool) -> list[Unit]:
 def expert_blocks(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules in which each token takes its own way: owners of 3-D parameters, or of a list of experts."""
     for name, module in layer.named_modules():
-        fused = any(p.dim() == 3 for p in module.parameters(recurse=False)) and not _is_convolution(module)
+        fused = any(holds_experts(module, one) for one in module.parameters(recurse=False))
         listed = any(
             isinstance(child, nn.ModuleList) and "expert" in child_name.lower()
             for child_name, child in module.named_children()
         )
         if fused or listed:
             yield name, module
+
+
+def holds_experts(owner: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is several matrices, one an expert."""
+    return parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and not _is_convolution(owner)
 
 
 def _unit(name: str, module: nn.Module) -> Unit:
@@ -90,7 +96,7 @@ def _unit(name: str, module: nn.Module) -> Unit:
             elif isinstance(owner, Conv1D) and short == "weight":
                 inputs, outputs = parameter.shape
                 unit.matrices.append(MatrixSpec(full, None, outputs, inputs, True))
-            elif parameter.dim() == 3 and not _is_convolution(owner):
+            elif holds_experts(owner, parameter):
                 unit.matrices.extend(_fused_experts(full, owner, parameter))
             else:
                 unit.left_alone[full] = f"{NOT_A_MATRIX} ({type(owner).__name__})"
@@ -125,7 +131,7 @@ def _routers(layer: nn.Module) -> set[int]:
 
 def _expert_count(block: nn.Module) -> int:
     for parameter in block.parameters(recurse=False):
-        if parameter.dim() == 3:
+        if holds_experts(block, parameter):
             return parameter.shape[0]
     return next(len(child) for child in block.children() if isinstance(child, nn.ModuleList))
 

@@ -164,6 +164,8 @@ class Output:
         if not parts:
             return []
         if total <= JOIN_BYTES:
+            # one of an earlier attempt would take room beside the new one
+            (self.partial / SINGLE_NAME).unlink(missing_ok=True)
             self._save(SINGLE_NAME, {key: part.tensor(key) for part in parts.values() for key in part.entries})
             return list(parts)
         weight_map = {key: name for name, part in parts.items() for key in part.entries}

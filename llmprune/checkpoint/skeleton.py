@@ -151,6 +151,7 @@ class Routing:
         converters = [one for one in self._transforms if isinstance(one, loading.WeightConverter)]
         names = dict(model.state_dict())
         self.groups: dict[str, Group] = {}
+        self._siblings: dict[str, Group] = {}
         self.unused: list[str] = []
         for key in sorted(checkpoint.entries, key=loading.dot_natural_key):
             name, source = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, names)
@@ -162,6 +163,14 @@ class Routing:
             group = self.groups.setdefault(name, Group(name))
             group.keys.append(key)
             group.converted |= source is not None
+            if source is not None:
+                # one tensor may feed several parameters, which are called like the first
+                first, *others = next(one for one in converters if source in one.source_patterns).target_patterns
+                self._siblings.update({name.replace(first, other): group for other in others})
+
+    def group_of(self, parameter: str) -> Group:
+        """The checkpoint tensors that feed a parameter."""
+        return self.groups.get(parameter) or self._siblings[parameter]
 
     def keys_under(self, prefix: str) -> list[str]:
         """The checkpoint tensors whose parameters lie under a module path (`"model.layers.3."`)."""

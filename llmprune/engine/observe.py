@@ -56,7 +56,10 @@ class Observe(TorchFunctionMode):
 
     def watch(self, parameters: dict[str, nn.Parameter]) -> None:
         """Look for these parameters from now on, in place of the former."""
-        self._by_storage = {one.untyped_storage().data_ptr(): (name, one) for name, one in parameters.items()}
+        self._by_storage: dict[int, list[tuple[str, nn.Parameter]]] = {}
+        for name, one in parameters.items():
+            # parameters that were cut out of one tensor share its storage
+            self._by_storage.setdefault(one.untyped_storage().data_ptr(), []).append((name, one))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for operands in _operands(func, args, kwargs or {}):
@@ -67,29 +70,35 @@ class Observe(TorchFunctionMode):
 
     def _products(self, x: torch.Tensor, w_IO: torch.Tensor) -> Iterator[Product]:
         """Match the second operand, seen as inputs x outputs, against the parameters."""
-        owner = self._by_storage.get(w_IO.untyped_storage().data_ptr())
-        if owner is None or w_IO.dim() < 2:
-            return
-        name, parameter = owner
-        rows, columns = parameter.shape[-2:]
-        inputs, outputs = w_IO.shape[-2:]
-        row_stride, column_stride = parameter.stride()[-2:]
-        if (inputs, outputs) == (rows, columns) and w_IO.stride()[-2:] == (row_stride, column_stride):
-            transposed = True
-        elif (inputs, outputs) == (columns, rows) and w_IO.stride()[-2:] == (column_stride, row_stride):
-            transposed = False
-        else:
-            return
-        if rows == columns and row_stride == column_stride:
-            transposed = False
-        first = (w_IO.storage_offset() - parameter.storage_offset()) // (rows * columns)
-        if w_IO.dim() == 3:
-            for index in range(w_IO.shape[0]):
-                # a batched product gives every expert all tokens, the foreign ones zeroed: they do not count
-                x_TI = x[index]
-                yield Product(name, first + index, transposed, x_TI[x_TI.abs().amax(-1) > 0])
-        else:
-            yield Product(name, first if parameter.dim() == 3 else None, transposed, x.reshape(-1, inputs))
+        for name, parameter in self._by_storage.get(w_IO.untyped_storage().data_ptr(), ()):
+            transposed = _orientation(w_IO, parameter)
+            offset = w_IO.storage_offset() - parameter.storage_offset()
+            if transposed is None:
+                continue
+            if parameter.dim() == 2:
+                if w_IO.dim() == 2 and offset == 0:
+                    yield Product(name, None, transposed, x.reshape(-1, x.shape[-1]))
+                continue
+            index, rest = divmod(offset, parameter.stride(0))
+            if rest or not 0 <= index < len(parameter):
+                continue
+            if w_IO.dim() == 2:
+                yield Product(name, index, transposed, x.reshape(-1, x.shape[-1]))
+            elif w_IO.stride(0) == parameter.stride(0):
+                for place in range(len(w_IO)):
+                    # a batched product gives every expert all tokens, the foreign ones zeroed: they do not count
+                    x_TI = x[place]
+                    yield Product(name, index + place, transposed, x_TI[x_TI.abs().amax(-1) > 0])
+
+
+def _orientation(w_IO: torch.Tensor, parameter: nn.Parameter) -> bool | None:
+    """Whether `parameter` stores inputs x outputs, if its matrices are laid out as `w_IO`; None if they are not."""
+    shape, strides = parameter.shape[-2:], parameter.stride()[-2:]
+    if w_IO.dim() > 1 and w_IO.shape[-2:] == shape[::-1] and w_IO.stride()[-2:] == strides[::-1]:
+        return False
+    if w_IO.dim() > 1 and w_IO.shape[-2:] == shape and w_IO.stride()[-2:] == strides:
+        return True
+    return None
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from llmprune.kernels.product import product_nt
 from llmprune.kernels.sparsegpt_block import solve_block
 from llmprune.linalg import Factor, reversed_cholesky
 from llmprune.statistics import GRAM, Stats
@@ -74,7 +75,8 @@ class SparseGPT:
             )
             current_BO = dense_IO[here].clone()
             if start:
-                current_BO.addmm_(inverse_t_BB, factor.r_t_II[here, :start] @ change_IO[:start])
+                carried_BO = product_nt(factor.r_t_II[here, :start], change_IO[:start].T)
+                current_BO.addmm_(inverse_t_BB, carried_BO)
             loss += solve_block(current_BO, inverse_t_BB, pruned_IO[here], budget)
             torch.sub(dense_IO[here], current_BO, out=change_IO[here])
         loss -= factor.shift * float(torch.sum(change_IO.square(), dtype=torch.float64))

@@ -1,0 +1,419 @@
+"""What is pruned and how much: names and patterns, amounts of single layers, allocation, the dry run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runner import cli, tree
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import llmprune
+from llmprune import UserError
+from llmprune.allocation.global_magnitude import global_magnitude
+from llmprune.plan import matches
+from llmprune.types import Budget, MatrixSpec, Pattern
+
+DEMO = Path(llmprune.__file__).parent / "demo" / "model"
+KINDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+KINDS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+ALL = [f"model.layers.{layer}.{kind}.weight" for layer in range(5) for kind in KINDS]
+
+
+def plan(*options: object) -> dict[str, Any]:
+    """What a dry run of the demo model answers."""
+    ran = cli("prune", DEMO, "--method", "magnitude", "--dry-run", "--json", *options)
+    assert ran.code == 0, ran.err
+    found: dict[str, Any] = json.loads(ran.out)
+    return found
+
+
+def chosen(*options: object) -> list[str]:
+    return [row["name"] for row in plan("--sparsity", 0.5, *options)["tensors"]]
+
+
+def sparsities(*options: object) -> dict[str, float]:
+    rows = plan(*options)["tensors"]
+    return {row["name"]: row["planned"] / (row["shape"][0] * row["shape"][1]) for row in rows}
+
+
+def having(*parts: str) -> list[str]:
+    return [name for name in ALL if any(part in name for part in parts)]
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "hit"),
+    [
+        # whole names, with and without the ending
+        ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight", True),
+        ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.weight", True),
+        # runs of dotted parts, never parts of parts
+        ("up_proj", "model.layers.0.mlp.up_proj.weight", True),
+        ("mlp", "model.layers.0.mlp.up_proj.weight", True),
+        ("mlp.up_proj", "model.layers.0.mlp.up_proj.weight", True),
+        ("layers.0", "model.layers.0.mlp.up_proj.weight", True),
+        ("layers.1", "model.layers.10.mlp.up_proj.weight", False),
+        ("0", "model.layers.10.mlp.up_proj.weight", False),
+        ("proj", "model.layers.0.mlp.up_proj.weight", False),
+        ("up", "model.layers.0.mlp.up_proj.weight", False),
+        ("layers.mlp", "model.layers.0.mlp.up_proj.weight", False),
+        # a dot is a dot
+        ("layers.0.mlp", "model.layers.0xmlp.up_proj.weight", False),
+        # globs match the whole name
+        ("*.up_proj", "model.layers.0.mlp.up_proj.weight", True),
+        ("*.up_proj.weight", "model.layers.0.mlp.up_proj.weight", True),
+        ("*up*", "model.layers.0.mlp.up_proj.weight", True),
+        ("model.layers.?.mlp.*", "model.layers.0.mlp.up_proj.weight", True),
+        ("model.layers.?.mlp.*", "model.layers.10.mlp.up_proj.weight", False),
+        ("up_*", "model.layers.0.mlp.up_proj.weight", False),
+        ("*.UP_PROJ", "model.layers.0.mlp.up_proj.weight", False),
+        # regular expressions match from the start
+        ("re:.*up_proj", "model.layers.0.mlp.up_proj.weight", True),
+        ("re:.*up_proj$", "model.layers.0.mlp.up_proj.weight", True),
+        ("re:model", "model.layers.0.mlp.up_proj.weight", True),
+        ("re:up_proj", "model.layers.0.mlp.up_proj.weight", False),
+        (r"re:model\.layers\.(0|2)\.", "model.layers.2.mlp.up_proj.weight", True),
+        (r"re:model\.layers\.(0|2)\.", "model.layers.20.mlp.up_proj.weight", False),
+        # experts, with and without their number
+        ("experts", "model.layers.0.mlp.experts.gate_up_proj[3]", True),
+        ("gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj[3]", True),
+        ("*.gate_up_proj", "model.layers.0.mlp.experts.gate_up_proj[3]", True),
+        ("gate_up_proj[3]", "model.layers.0.mlp.experts.gate_up_proj[3]", True),
+        ("gate_up_proj[1]", "model.layers.0.mlp.experts.gate_up_proj[3]", False),
+        (r"re:.*\[3\]", "model.layers.0.mlp.experts.gate_up_proj[3]", True),
+        (r"re:.*\[3\]", "model.layers.0.mlp.experts.gate_up_proj[13]", False),
+    ],
+)
+def test_patterns(pattern: str, name: str, hit: bool) -> None:
+    assert matches(pattern, name) == hit
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        (None, ALL),
+        ("q_proj", having("q_proj")),
+        ("q_proj, down_proj", having("q_proj", "down_proj")),
+        ("layers.1", having("layers.1.")),
+        ("layers.1.mlp,layers.3.self_attn.o_proj", having("layers.1.mlp", "layers.3.self_attn.o_proj")),
+        ("*.layers.?.mlp.*", having("mlp")),
+        (r"re:.*layers\.[0-2]\..*_proj", having("layers.0.", "layers.1.", "layers.2.")),
+        ("re:.*layers.(1|4).*[qk]_proj", having("1.self_attn.q", "1.self_attn.k", "4.self_attn.q", "4.self_attn.k")),
+        ("*", ALL),
+    ],
+)
+def test_targets_and_ignore(targets: str | None, names: list[str]) -> None:
+    if targets is None:
+        assert chosen() == names
+        return
+    assert chosen("--targets", targets) == names
+    if names != ALL:
+        assert chosen("--ignore", targets) == [name for name in ALL if name not in names]
+
+
+def test_ignore_wins_over_targets() -> None:
+    assert chosen("--targets", "mlp", "--ignore", "layers.2,up_proj") == [
+        name for name in having("mlp") if "layers.2." not in name and "up_proj" not in name
+    ]
+
+
+def test_what_is_left_alone_is_listed_with_its_reason() -> None:
+    left = plan("--sparsity", 0.5, "--targets", "mlp", "--ignore", "layers.2")["left_alone"]
+    mlp = set(having("mlp"))
+    assert left == {
+        **{name: "not among the targets" for name in ALL if name not in mlp},
+        **{name: "ignored" for name in mlp if "layers.2." in name},
+    }
+
+
+def test_experts(tmp_path: Path) -> None:
+    model = tiny.build("mixtral")
+    names = [
+        f"model.layers.1.mlp.experts.{kind}[{expert}]" for kind in ("gate_up_proj", "down_proj") for expert in range(4)
+    ]
+
+    def of(**settings: Any) -> list[str]:
+        report = llmprune.prune(model, method="magnitude", sparsity=0.5, dry_run=True, **settings).report
+        return [row["name"] for row in report["tensors"] if ".layers.1.mlp." in row["name"]]
+
+    assert of() == of(targets="experts") == names
+    assert of(targets="layers.1.mlp.experts.down_proj") == names[4:]
+    assert of(ignore="down_proj[2]") == [name for name in names if name != "model.layers.1.mlp.experts.down_proj[2]"]
+    assert of(targets=r"re:.*\[[13]\]") == [name for name in names if name[-2] in "13"]
+
+
+# Amounts.
+
+
+def test_uniform_amounts() -> None:
+    assert sparsities("--sparsity", 0.25) == dict.fromkeys(ALL, 0.25)
+    assert sparsities("--pattern", "1:4") == dict.fromkeys(ALL, 0.75)
+    assert sparsities("--sparsity", 0) == dict.fromkeys(ALL, 0.0)
+
+
+def test_counts_are_rounded_half_up() -> None:
+    rows = plan("--sparsity", 0.33333)["tensors"]
+    for row in rows:
+        count = row["shape"][0] * row["shape"][1]
+        assert row["planned"] == int(0.33333 * count + 0.5)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = [
+        {"targets": "layers.0", "sparsity": 0.125},
+        {"targets": ["layers.1.mlp", "re:.*2.*q_proj"], "sparsity": 0.75},
+        {"targets": "o_proj", "pattern": "2:4"},
+        # the last that matches counts
+        {"targets": "layers.0.self_attn.o_proj", "sparsity": 0.0},
+    ]
+    expected = dict.fromkeys(ALL, 0.5)
+    expected.update(dict.fromkeys(having("layers.0."), 0.125))
+    expected.update(dict.fromkeys(having("layers.1.mlp", "layers.2.self_attn.q_proj"), 0.75))
+    expected.update(dict.fromkeys(having("o_proj"), 0.5))
+    expected["model.layers.0.self_attn.o_proj.weight"] = 0.0
+    assert sparsities("--sparsity", 0.5, "--set", f"overrides={json.dumps(overrides)}") == expected
+
+    # the same from a recipe, down to the bytes of the model
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"model": str(DEMO), "method": "magnitude", "sparsity": 0.5, "overrides": overrides}))
+    ran = cli("prune", "--recipe", recipe, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: float((state[name] == 0).float().mean()) for name in ALL} == expected
+    for name in having("o_proj")[1:]:
+        assert bool(((state[name] != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all())
+
+
+def test_a_pattern_in_a_recipe_needs_no_quotes(tmp_path: Path) -> None:
+    # YAML 1.1 reads 2:4 as the number 124, in base 60
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("pattern: 1:4\noverrides:\n- targets: mlp\n  pattern: 2:4\n")
+    expected = {name: 0.5 if "mlp" in name else 0.75 for name in ALL}
+    assert sparsities("--recipe", recipe) == expected
+    assert sparsities("--set", "pattern=1:4", "--set", "overrides=[{targets: mlp, pattern: 2:4}]") == expected
+
+
+def test_an_override_may_exempt_what_a_pattern_does_not_fit() -> None:
+    override = "overrides=[{targets: down_proj, sparsity: 0.25}]"
+    expected = {name: 0.25 if "down_proj" in name else 0.5 for name in ALL}
+    assert sparsities("--pattern", "4:8", "--set", override) == expected
+    assert cli("prune", DEMO, "--pattern", "4:8", "--dry-run", "--method", "magnitude").code == 2
+
+
+# Global allocation.
+
+
+def specs_of(matrices: list[np.ndarray]) -> tuple[list[MatrixSpec], Callable[[], Any]]:
+    specs = [MatrixSpec(f"m{number}", None, *one.shape, False) for number, one in enumerate(matrices)]
+    return specs, lambda: zip(specs, map(torch.from_numpy, matrices), strict=True)
+
+
+def smallest(matrices: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
+    """Which of all weights are the smallest, ties to the first: by sorting all of them."""
+    everything = np.concatenate([np.abs(one).ravel() for one in matrices])
+    count = int(np.floor(sparsity * len(everything) + 0.5))
+    mask = np.zeros(len(everything), dtype=bool)
+    mask[np.argsort(everything, kind="stable")[:count]] = True
+    ends = np.cumsum([one.size for one in matrices])
+    return [part.reshape(one.shape) for part, one in zip(np.split(mask, ends[:-1]), matrices, strict=True)]
+
+
+def level(number: int) -> float:
+    return [0.0, -0.0, 1.0, -1.0, 1.0000001, 0.5, 2**-149, -(2**-149), 2**-126, 3e38, 1e-3, -1e-3][number]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5),
+    sparsity=st.one_of(st.sampled_from([0.0, 0.5, 0.999]), st.floats(0, 0.9999)),
+    levels=st.integers(1, 12),
+    seed=st.integers(0, 2**16),
+)
+def test_global_amounts_are_those_of_sorting_everything(
+    shapes: list[tuple[int, int]], sparsity: float, levels: int, seed: int
+) -> None:
+    # few different values: nearly every choice is a tie
+    random = np.random.default_rng(seed)
+    matrices = [np.vectorize(level)(random.integers(0, levels, shape)).astype(np.float32) for shape in shapes]
+    specs, weights = specs_of(matrices)
+    budgets = global_magnitude(specs, Budget(sparsity), weights)
+    found = [budgets[spec.name].pruned_of(spec.count) for spec in specs]
+    assert found == [int(mask.sum()) for mask in smallest(matrices, sparsity)]
+    assert sum(found) == Budget(sparsity).pruned_of(sum(spec.count for spec in specs))
+
+
+def test_global_allocation_refuses_a_pattern() -> None:
+    specs, weights = specs_of([np.ones((4, 4), dtype=np.float32)])
+    with pytest.raises(UserError, match="'global' needs a sparsity: the pattern 2:4"):
+        global_magnitude(specs, Budget(0.5, Pattern(2, 4)), weights)
+
+
+def small(layout: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose layers differ in scale, so that a global threshold treats them differently."""
+    torch.manual_seed(1)
+    if layout == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=3, n_head=2))
+    else:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data.mul_(1 + 0.3 * (number % 5))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gpt2", torch.float32)]
+)
+@pytest.mark.parametrize("sparsity", [0.3, 0.777])
+def test_global_magnitude_prunes_the_smallest_of_the_model(
+    tmp_path: Path, layout: str, dtype: torch.dtype, sparsity: float
+) -> None:
+    model = small(layout, dtype)
+    model.save_pretrained(tmp_path / "model")
+    dense = load_file(tmp_path / "model" / "model.safetensors")
+    settings = {"method": "magnitude", "sparsity": sparsity, "allocation": "global"}
+    report = llmprune.prune(tmp_path / "model", out=tmp_path / "out", **settings).report
+    # GPT-2 stores inputs x outputs; ties count in the order outputs x inputs
+    turned = layout == "gpt2"
+    names = [row["name"] for row in report["tensors"]]
+    assert len(names) == 3 * (4 if turned else 7)
+    matrices = [(dense[name].T if turned else dense[name]).float().numpy() for name in names]
+    expected = smallest(matrices, sparsity)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, mask in zip(names, expected, strict=True):
+        pruned = torch.from_numpy(mask.T if turned else mask)
+        assert torch.equal(stored[name], dense[name].masked_fill(pruned, 0)), name
+    total = sum(mask.size for mask in expected)
+    assert sum(row["planned"] for row in report["tensors"]) == int(sparsity * total + 0.5)
+    amounts = {row["planned"] / (row["shape"][0] * row["shape"][1]) for row in report["tensors"]}
+    assert max(amounts) - min(amounts) > 0.05
+    # where it lies makes no difference: the same model in memory
+    llmprune.prune(model, **settings)
+    assert all(torch.equal(model.get_parameter(name), stored[name]) for name in names)
+
+
+def test_global_allocation_is_over_the_chosen_matrices_alone() -> None:
+    dense = load_file(DEMO / "model.safetensors")
+    options = ("--sparsity", 0.4, "--allocation", "global", "--targets", "up_proj,q_proj", "--ignore", "layers.2")
+    rows = plan(*options)["tensors"]
+    names = [name for name in having("up_proj", "q_proj") if "layers.2." not in name]
+    expected = smallest([dense[name].numpy() for name in names], 0.4)
+    assert [(row["name"], row["planned"]) for row in rows] == [
+        (name, int(mask.sum())) for name, mask in zip(names, expected, strict=True)
+    ]
+
+
+# The dry run.
+
+
+@pytest.mark.parametrize(
+    "options", [("--sparsity", 0.55), ("--pattern", "2:4"), ("--sparsity", 0.3, "--ignore", "mlp")]
+)
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_a_dry_run_plans_what_is_then_done(tmp_path: Path, method: str, options: tuple[object, ...]) -> None:
+    run = ("prune", DEMO, "--method", method, *options, "--samples", 3, "--seqlen", 32, "--json")
+    dry = cli(*run, "--dry-run", "--out", tmp_path / "out")
+    assert dry.code == 0 and not list(tmp_path.iterdir())
+    done = cli(*run, "--out", tmp_path / "out")
+    planned, report = json.loads(dry.out), json.loads(done.out)
+    assert planned["tensors"] == [{key: row[key] for key in ("name", "shape", "planned")} for row in report["tensors"]]
+    for key in ("recipe", "calibration", "left_alone"):
+        assert planned[key] == report[key]
+    assert planned["totals"]["zeros"] == report["totals"]["zeros"]
+    assert planned["totals"]["weights"] == sum(row["shape"][0] * row["shape"][1] for row in report["tensors"])
+    assert (planned["calibration"] is None) == (method == "magnitude")
+
+
+def test_a_dry_run_says_what_it_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    before = tree(DEMO)
+    ran = cli("prune", DEMO, "--sparsity", 0.5, "--targets", "q_proj", "--samples", 3, "--seqlen", 32, "--dry-run")
+    assert ran.code == 0, ran.err
+    assert "5 matrices, 10,240 of 20,480 weights would become zero; 30 others are left alone" in ran.out
+    assert all(name in ran.out for name in having("q_proj")) and "64x64" in ran.out and "2,048" in ran.out
+    assert tree(DEMO) == before and not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_finds_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert cli("prune", DEMO, "--sparsity", 0.5, "--dry-run", "--out", tmp_path / "out").code == 2
+    assert cli("prune", DEMO, "--pattern", "2:5", "--dry-run").code == 2
+
+
+# The head.
+
+TOKENS = [row.tolist() for row in tiny.tokens(6, 16)]
+
+
+@pytest.mark.parametrize("schedule", ["layer", "module"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_an_untied_head_is_pruned_if_it_is_named(tmp_path: Path, method: str, schedule: str) -> None:
+    tiny.save("llama", tmp_path / "model")
+    dense = load_file(tmp_path / "model" / "model.safetensors")
+    settings = {"method": method, "sparsity": 0.5, "calibration": TOKENS, "schedule": schedule}
+    result = llmprune.prune(tmp_path / "model", out=tmp_path / "out", targets="lm_head", **settings)
+    assert [row["name"] for row in result.report["tensors"]] == ["lm_head.weight"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert [name for name in dense if not torch.equal(dense[name], stored[name])] == ["lm_head.weight"]
+    pruned = stored["lm_head.weight"] == 0
+    assert int(pruned.sum()) == dense["lm_head.weight"].numel() // 2
+    if method == "sparsegpt":
+        # what is kept makes up for what is gone
+        assert not torch.equal(stored["lm_head.weight"][~pruned], dense["lm_head.weight"][~pruned])
+        return
+    # nothing before the head has changed: its inputs are those of the dense model
+    model = tiny.build("llama")
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(input_ids=torch.tensor(TOKENS))
+    weight = dense["lm_head.weight"].double()
+    norms = torch.cat(seen).norm(dim=0)
+    if method == "wanda":
+        order = (weight.abs() * norms).argsort(dim=1, stable=True)
+        expected = torch.zeros_like(pruned).scatter(1, order[:, : weight.shape[1] // 2], True)
+    else:
+        expected = torch.zeros(weight.numel(), dtype=torch.bool)
+        expected[weight.abs().ravel().argsort(stable=True)[: weight.numel() // 2]] = True
+        expected = expected.view_as(pruned)
+    assert torch.equal(pruned, expected)
+
+
+def test_the_head_beside_other_targets() -> None:
+    def of(**settings: Any) -> list[str]:
+        model = tiny.build("llama")
+        found = llmprune.prune(model, method="magnitude", sparsity=0.5, dry_run=True, **settings)
+        return [row["name"] for row in found.report["tensors"]]
+
+    q_projs = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
+    assert of(targets="q_proj,lm_head") == [*q_projs, "lm_head.weight"]
+    assert of(targets=["re:lm_", "q_proj"]) == [*q_projs, "lm_head.weight"]
+    # it is pruned only when it is named itself: a pattern that takes in everything does not mean it
+    assert len(of()) == len(of(targets="*")) == len(of(targets="re:.*")) == 21
+    assert "lm_head.weight" not in of(targets="*")
+
+
+def test_a_tied_head_is_refused(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                         num_attention_heads=2, tie_word_embeddings=True))  # fmt: skip
+    with pytest.raises(UserError, match=r"target 'lm_head': lm_head.weight is the embedding matrix \(tied weights\)"):
+        llmprune.prune(model, method="magnitude", sparsity=0.5, targets="lm_head")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="tied"):
+        llmprune.prune(tmp_path / "model", out=tmp_path / "out", method="magnitude", sparsity=0.5, targets="lm_head")
+    assert isinstance(model.lm_head, nn.Linear) and [path.name for path in tmp_path.iterdir()] == ["model"]
