@@ -39,10 +39,19 @@ def open_model(
     Checkpoint(folder)
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     place = choose_device(device)
-    with quiet_loader():
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=choose_dtype(dtype, config, place), trust_remote_code=trust_remote_code
-        )
+    try:
+        with quiet_loader():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=choose_dtype(dtype, config, place),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise UserError(f"the weights of {folder} do not fit its configuration: {error}") from error
+    if info["missing_keys"]:
+        # transformers would fill it with random numbers
+        raise UserError(f"{folder} lacks the tensor {min(info['missing_keys'])} that its configuration calls for")
     return loaded.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
 
 

@@ -65,7 +65,11 @@ def prune(
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:
             return Result(job.describe_plan(), None)
-        return job.run(reporter or Reporter(quiet=True), memory, started, resume=resume)
+        try:
+            return job.run(reporter or Reporter(quiet=True), memory, started, resume=resume)
+        finally:
+            if job.output is not None:
+                job.output.close()
 
 
 def evaluate(

@@ -240,7 +240,8 @@ class Job:
             left_alone.update(unit["left_alone"])
         if isinstance(weights, Streamed):
             left_alone.update(dict.fromkeys(weights.unused, "not used by the model class; carried over as it is"))
-        params = sum(one.numel() for one in self.model.parameters())
+        tied = self.model.all_tied_weights_keys
+        params = sum(one.numel() for name, one in self.model.named_parameters() if name not in tied)
         return {
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(),

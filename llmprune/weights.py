@@ -84,6 +84,9 @@ class Streamed:
         missing = self._routing.missing()
         if missing:
             raise UserError(f"{checkpoint.folder} lacks the tensor {missing[0]} that its configuration calls for")
+        misfits = self._routing.misfits()
+        if misfits:
+            raise UserError(f"{checkpoint.folder} does not fit its configuration: {misfits[0]} has another shape")
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(device)

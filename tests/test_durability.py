@@ -122,14 +122,14 @@ def test_two_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
 # Kills.
 
 
-@pytest.mark.parametrize("place", [0.0, 0.2, 0.4, 0.6])
+@pytest.mark.parametrize("place", [0.0, 0.2, 0.45])
 def test_killed_anywhere(whole: Path, steps: int, tmp_path: Path, place: float) -> None:
     kill(tmp_path / "out", int(steps * place) + random.Random(f"{place}").randrange(steps // 5))
     assert not (tmp_path / "out").exists()
     resumes(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("from_end", [1, 2, 3, 6, 10, 12, 15])
+@pytest.mark.parametrize("from_end", [1, 2, 3, 6, 12])
 def test_killed_while_it_is_completed(whole: Path, steps: int, tmp_path: Path, from_end: int) -> None:
     kill(tmp_path / "out", steps - from_end)
     # the last step of all removes the lock from the finished folder
@@ -160,7 +160,7 @@ def test_killed_at_a_random_moment(whole: Path, tmp_path: Path, seed: int) -> No
     resumes(out, whole)
 
 
-@pytest.mark.parametrize("options", [("--schedule", "module"), ("--method", "wanda"), ("--method", "magnitude")])
+@pytest.mark.parametrize("options", [("--schedule", "module"), ("--method", "magnitude")])
 def test_killed_in_other_modes(tmp_path: Path, options: tuple[str, str]) -> None:
     (tmp_path / "whole").mkdir()
     whole = tmp_path / "whole" / "out"
@@ -239,7 +239,7 @@ def test_a_process_interrupted_from_the_keyboard(whole: Path, tmp_path: Path) ->
     resumes(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("place", [0.02, 0.4, 0.7])
+@pytest.mark.parametrize("place", [0.02, 0.7])
 def test_what_an_unfinished_run_leaves_is_no_model(steps: int, tmp_path: Path, place: float) -> None:
     kill(tmp_path / "out", int(steps * place))
     is_no_model(tmp_path / "out.partial")
@@ -359,6 +359,16 @@ def test_resuming_another_run_is_refused(half: Path, tmp_path: Path, options: tu
     assert tree(tmp_path) == before
 
 
+def test_resuming_with_another_text_under_the_same_name_is_refused(steps: int, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a dog who liked to run and play. " * 40)
+    options = ("--calibration", f"file:{text}", "--samples", 2)
+    kill(tmp_path / "out", steps * 2 // 5, *options)
+    text.write_text("Once upon a time there was a cat who liked to run and play. " * 40)
+    ran = cli(*run(tmp_path / "out", "--resume", *options))
+    assert ran.code == 2 and "another recipe, model, calibration text" in ran.err, ran.err
+
+
 def other_config(folder: Path) -> Path:
     shutil.copytree(DEMO, folder)
     path = folder / "config.json"
@@ -415,14 +425,13 @@ def tear(path: Path, keep: int) -> None:
     "damage",
     [
         lambda path: path.write_text(path.read_text() + '{"unit": "model.layers.3", "fi'),
-        lambda path: path.write_bytes(path.read_bytes() + b"\0" * 512),
         lambda path: path.write_bytes(path.read_bytes() + b'{"unit": "\xff'),
         lambda path: tear(path, path.stat().st_size - 1),
         lambda path: tear(path, 30),
         lambda path: tear(path, 0),
         lambda path: path.unlink(),
     ],
-    ids=["begun line", "zeros", "no text", "no newline", "torn first line", "empty", "gone"],
+    ids=["begun line", "no text", "no newline", "torn first line", "empty", "gone"],
 )
 def test_damaged_journal(whole: Path, half: Path, damage: Callable[[Path], object]) -> None:
     damage(half.with_name("out.partial") / "journal.jsonl")
@@ -434,6 +443,18 @@ def test_a_torn_line_costs_only_its_own_layer(whole: Path, half: Path) -> None:
     journal = half.with_name("out.partial") / "journal.jsonl"
     tear(journal, journal.stat().st_size - 40)
     assert f"resuming: {done - 1} of {LAYERS} layers" in resumes(half, whole).err
+
+
+@pytest.mark.parametrize("ending", ["", '{"unit": "model.layers.3", "fi'])
+def test_a_torn_journal_is_mended_before_it_grows(whole: Path, half: Path, steps: int, ending: str) -> None:
+    journal = half.with_name("out.partial") / "journal.jsonl"
+    done = layers_done(half)
+    journal.write_text(journal.read_text().removesuffix("\n") + (ending and "\n" + ending))
+    # two more layers, the first of which would be lost with the line that it is glued to
+    kill(half, 7, "--resume")
+    assert all(json.loads(line) for line in journal.read_text().splitlines())
+    assert layers_done(half) > done
+    resumes(half, whole)
 
 
 @pytest.mark.parametrize(
@@ -564,7 +585,6 @@ def test_report(whole: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--sparsity", 0.55),
         ("--pattern", "2:4", "--method", "wanda", "--schedule", "module"),
         ("--sparsity", 0.3, "--method", "magnitude", "--allocation", "global"),
         (

@@ -286,7 +286,7 @@ def test_an_input_without_data_is_never_computed_with(runs: Runs) -> None:
     )
     with weights.on_demand(), torch.no_grad():
         assert bool(model.model.embed_tokens(tiny.tokens()).isfinite().all())
-        with pytest.raises(RunError, match="input of model.embed_tokens .* pass the loaded model"):
+        with pytest.raises(RunError, match=r"input of model\.embed_tokens .* pass the loaded model"):
             model.model.embed_tokens(tiny.tokens().to("meta"))
 
 

@@ -140,8 +140,13 @@ class Output:
         self.partial.rename(self.folder)
         # only now: until here a second run must find the folder locked
         (self.folder / LOCK_NAME).unlink(missing_ok=True)
-        self._lock.close()
+        self.close()
         shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let go of the folder. A kept exception can keep this object, and with it the lock, alive."""
+        if self._lock is not None:
+            self._lock.close()
 
     def _beside(self, ending: str) -> Path:
         return self.folder.parent / (self.folder.name + ending)

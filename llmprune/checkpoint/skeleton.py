@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as loading
@@ -34,14 +35,14 @@ def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     """Read and check a model's configuration; raises UserError for what cannot be pruned."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         text = str(error).strip()
         if "trust_remote_code" in text:
             raise UserError(
                 f"{folder} brings its own modelling code, which would run on this machine; "
                 "read it, then pass --trust-remote-code"
             ) from error
-        raise UserError(f"the configuration of {folder} cannot be read: {text.splitlines()[0]}") from error
+        raise UserError(f"the configuration of {folder} cannot be read: {' '.join(text.split())}") from error
     check_config(config, folder)
     return config
 
@@ -196,6 +197,12 @@ class Routing:
         tied = set(self._model.all_tied_weights_keys)
         names = (name for name, _ in self._model.named_parameters())
         return [name for name in names if name not in self.groups and name not in tied]
+
+    def misfits(self) -> list[str]:
+        """Parameters whose tensor has another shape than the configuration says; converted ones show on loading."""
+        state = self._model.state_dict()
+        single = {name: group.keys[0] for name, group in self.groups.items() if not group.converted}
+        return [name for name, key in single.items() if self._checkpoint.entries[key].shape != state[name].shape]
 
     def store(self, prefix: str) -> dict[str, torch.Tensor]:
         """The current parameters under a module path as checkpoint tensors: names and layout of the source."""

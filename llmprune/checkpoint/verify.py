@@ -48,5 +48,5 @@ def verify(
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device)).logits
+        logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
     return logits.float().cpu()
