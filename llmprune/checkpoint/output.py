@@ -25,7 +25,7 @@ REPORT_NAME = "llmprune.json"
 JOURNAL_NAME = "journal.jsonl"
 LOCK_NAME = "lock"
 # Below this many bytes the parts are joined into one file, as a user expects of a small model.
-JOIN_BYTES = 512 * 2**20
+JOIN_BYTES = 128 * 2**20
 
 
 class Output:

@@ -72,7 +72,7 @@ class Observe(TorchFunctionMode):
         """Match the second operand, seen as inputs x outputs, against the parameters."""
         for name, parameter in self._by_storage.get(w_IO.untyped_storage().data_ptr(), ()):
             transposed = _orientation(w_IO, parameter)
-            offset = w_IO.storage_offset() - parameter.storage_offset()
+            offset = int(w_IO.storage_offset() - parameter.storage_offset())
             if transposed is None:
                 continue
             if parameter.dim() == 2:
