@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmprune.types import RunError, UserError
 
@@ -133,7 +133,7 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    table = Table("text", "perplexity", "tokens", "window", "stride", "BOS", "dtype")
+    table = Table(Column("text", overflow="fold"), "perplexity", "tokens", "window", "stride", "BOS", "dtype")
     for spec, row in result["perplexity"].items():
         bos = "yes" if row["bos"] else "no"
         table.add_row(
