@@ -19,7 +19,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
-from llmprune.weights import Streamed, Weights, read_matrix, stored_matrix
+from llmprune.weights import Weights, read_matrix, stored_matrix
 
 UNUSED = "no calibration token passed through it"
 
@@ -62,9 +62,6 @@ class Pruning:
 
     def enter(self, unit: Unit) -> None:
         if unit.name not in self._loaded:
-            if isinstance(self._weights, Streamed) and not self._loaded:
-                # every batch has passed the embedding by now
-                self._weights.free_rest()
             self._weights.load(unit)
             self._loaded.add(unit.name)
 

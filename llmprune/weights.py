@@ -97,6 +97,8 @@ class Streamed:
         return self._routing.unused
 
     def load(self, unit: Unit) -> None:
+        # all batches stand before `unit`: what they needed outside the units may go
+        self._free_rest()
         overlay = self._output.written(unit.name) if self._output and unit.name in self.done() else None
         self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
 
@@ -161,7 +163,7 @@ class Streamed:
             arrive(self._model.get_input_embeddings(), ())
             yield
 
-    def free_rest(self) -> None:
+    def _free_rest(self) -> None:
         """Drop the parameters outside the units; the forward fetches again what it needs again."""
         for name, module in self._model.named_modules():
             if not self._inside(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import record
 
@@ -31,16 +33,25 @@ def digest(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def killed_run(run: list[str], after: float) -> bool:
-    """Start a run and kill it after some seconds; whether it was still running then."""
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def lines(partial: Path) -> int:
+    """How many lines the journal of an unfinished run has."""
+    journal = partial / "journal.jsonl"
     try:
-        process.wait(timeout=after)
-        return False
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return True
+        return journal.read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def killed_run(run: list[str], partial: Path, progress: int, delay: float) -> bool:
+    """Start a run and kill it `delay` seconds after its journal has `progress` lines; whether it still ran then."""
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and lines(partial) < progress:
+        time.sleep(0.002)
+    time.sleep(delay)
+    running = process.poll() is None
+    process.kill()
+    process.wait()
+    return running
 
 
 def main() -> None:
@@ -51,37 +62,33 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model, text = record.SHARED / "models" / arguments.model, record.SHARED / "data" / arguments.text
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     folder = Path(tempfile.mkdtemp())
-    started = time.monotonic()
     subprocess.run(command(model, text, folder / "whole"), check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - started
     expected = digest(folder / "whole")
-    # importing takes the first part of a run: kills that hit it test nothing but themselves
-    points = [random.Random(arguments.seed).uniform(0.3, 1.0) * seconds for _ in range(arguments.points)]
-    rows = []
-    for number, after in enumerate(points, 1):
+    generator = random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(1, arguments.points + 1):
+        # the journal has a line for the start, one for what lies outside the layers, and one a layer
+        progress, delay = generator.randrange(layers + 3), generator.uniform(0, 0.2)
         out = folder / "killed"
         shutil.rmtree(out, ignore_errors=True)
-        run = command(model, text, out)
-        hit = killed_run(run, after)
-        partial = out.with_name("killed.partial")
-        done = sum(1 for _ in (partial / "journal.jsonl").open()) - 1 if (partial / "journal.jsonl").exists() else 0
+        run, partial = command(model, text, out), folder / "killed.partial"
+        running = killed_run(run, partial, progress, delay)
+        left = lines(partial)
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-        rows.append(
-            {"after_s": round(after, 2), "was_running": hit, "units_done": done, "same": digest(out) == expected}
-        )
+        rows.append({"running": running, "journal": left, "delay_s": round(delay, 3), "same": digest(out) == expected})
         print(f"{number}: {rows[-1]}", flush=True)
     shutil.rmtree(folder)
     same = sum(row["same"] for row in rows)
-    where = record.environment()
-    text_ = (
-        record.table(
-            ["kill after", "still running", "parts written by then", "same bytes"],
-            [[f"{r['after_s']} s", str(r["was_running"]), str(r["units_done"]), str(r["same"])] for r in rows],
-        )
-        + f"\n{same} of {len(rows)} byte-identical after SIGKILL and `--resume`; undisturbed run {seconds:.1f} s; {len(expected)} files compared.\n"
+    table = record.table(
+        ["journal lines when killed", "still running", "same bytes"],
+        [[str(row["journal"]), str(row["running"]), str(row["same"])] for row in rows],
     )
-    record.save("kill", {"environment": where, "model": arguments.model, "seed": arguments.seed, "rows": rows}, text_)
+    table += f"\n{same} of {len(rows)} byte-identical after SIGKILL and `--resume`, {len(expected)} files compared; "
+    table += f"{arguments.model}, SparseGPT 50 %, 64 x 256 tokens of its calibration text, seed {arguments.seed} for the points. "
+    table += f"A whole journal has {layers + 2} lines and is removed at the end: 0 lines and not running is a finished run.\n"
+    record.save("kill", {"environment": record.environment(), "rows": rows}, table)
     sys.exit(same != len(rows))
 
 

@@ -72,6 +72,7 @@ def main() -> None:
     note = (
         f"\nPerplexity, at most {WINDOWS} windows of 256 tokens of the evaluation text, float32; calibration on 64 x 256 "
         f"tokens of the model's calibration text, seed 0, schedule `{arguments.schedule}`. BOS where the tokenizer adds it.\n"
+        "gpt-nano-sort is no language model and has no text; it is not in the table.\n"
         "* down_proj left dense: the pattern does not divide its inputs.\n"
     )
     save = {"environment": record.environment(), "protocol": note.strip(), "results": results}
