@@ -30,7 +30,7 @@ class Collector:
         self._wanted = wanted
         self._kinds = kinds
         self._seen: list[tuple[Product, InputKey]] = []
-        self._muted = False
+        self.muted = False  # what is seen meanwhile does not count
         self._enough: int | None = None
         self.stats: dict[str, Stats] = {}
         self.transposed: dict[str, bool] = {}
@@ -56,16 +56,8 @@ class Collector:
         self._see([product])
         self._accumulate(batch)
 
-    @contextlib.contextmanager
-    def muted(self) -> Iterator[None]:
-        self._muted = True
-        try:
-            yield
-        finally:
-            self._muted = False
-
     def _see(self, products: list[Product]) -> None:
-        if self._muted:
+        if self.muted:
             return
         self._seen.extend((one, input_key(one.x_TI)) for one in products)
         if len(self._seen) == self._enough:
@@ -138,18 +130,21 @@ def _every_token_to_every_expert(collector: Collector, blocks: list[nn.Module], 
         nonlocal replaying
         if replaying:
             return
+        fused = next((one for one in block.parameters(recurse=False) if one.dim() == 3), None)
+        if fused is None:
+            raise RunError(f"calibration.all_experts: {type(block).__name__} does not fuse its experts; leave it off")
         replaying = True
-        for expert in range(next(p.shape[0] for p in block.parameters(recurse=False) if p.dim() == 3)):
+        for expert in range(len(fused)):
             block(
                 *(_to_one_expert(one, args, kwargs, expert) for one in args),
                 **{key: _to_one_expert(one, args, kwargs, expert) for key, one in kwargs.items()},
             )
         replaying = False
-        collector._muted = True
+        collector.muted = True
 
     def after(block: nn.Module, args: Any, output: Any) -> None:
         if not replaying:
-            collector._muted = False
+            collector.muted = False
 
     with contextlib.ExitStack() as stack:
         for block in blocks:
