@@ -86,12 +86,7 @@ def measure(
         raise UserError(
             f"the text {spec!r} has {len(ids)} tokens, {fresh - len(ids)} too few for one window of {length}"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
-        raise UserError(
-            f"the text {spec!r} holds the token {int(ids.max())}, but the model knows only {vocabulary}: "
-            "the tokenizer does not belong to it"
-        )
+    calibration.check_vocabulary(f"the text {spec!r}", int(ids.max()), model.get_input_embeddings())
     advance = fresh if stride is None else min(step, fresh)
     windows = ids.unfold(0, fresh, advance)[:max_windows]
     loss = torch.zeros((), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Float32 matrix products on CPU by the faster of torch's two libraries.
 
 torch sends float32 products to MKL, which on AMD processors leaves the 512-bit units unused;
-oneDNN, which torch also carries, uses them. On a Zen 5 core that is 104 against 210 GFLOP/s.
+oneDNN, which torch also carries, uses them.
 The choice depends on the processor alone, never on a measurement, so that results repeat.
 """
 

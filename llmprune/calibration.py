@@ -152,6 +152,16 @@ def tokenize(documents: Sequence[str], tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
 
 
+def check_vocabulary(what: str, largest: int, embedding: Any) -> None:
+    """Whether the model has a row for the largest token of `what`; raises UserError."""
+    vocabulary = embedding.weight.shape[0]
+    if largest >= vocabulary:
+        raise UserError(
+            f"{what} holds the token {largest}, but the model knows only {vocabulary}: "
+            "the tokenizer does not belong to it"
+        )
+
+
 def windows(ids: torch.Tensor, length: int, bos: int | None) -> torch.Tensor:
     """Cut a row of ids into windows laid end to end, each begun with BOS if given; the rest is dropped."""
     fresh = length - (bos is not None)

@@ -185,12 +185,7 @@ class Job:
                 seed=self.recipe.seed,
             )
         largest = max(int(one.max()) for one in tokens.sequences)
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if largest >= vocabulary:
-            raise UserError(
-                f"the calibration data holds the token {largest}, but the model knows only {vocabulary}: "
-                "the tokenizer does not belong to it"
-            )
+        calibration.check_vocabulary("the calibration data", largest, self.model.get_input_embeddings())
         return tokens
 
     def _batches(self) -> list[dict[str, Any]]:
