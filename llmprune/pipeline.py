@@ -13,6 +13,7 @@ from torch import nn
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
 from llmprune.linalg import output_energy
+from llmprune.memory import give_back
 from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
@@ -87,10 +88,12 @@ class Pruning:
         self._weights.commit(unit, record)
         self._outcomes, self._seconds, self._left_alone = [], {}, {}
         self._finished.add(unit.name)
+        give_back()
 
     def leave(self, unit: Unit) -> None:
         self._weights.free(unit)
         self._loaded.discard(unit.name)
+        give_back()
 
     def complete(self) -> bool:
         return len(self._finished) == len(self._plan.units)
