@@ -26,7 +26,7 @@ from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels.product import FastLinear, why_not_onednn
 from llmprune.memory import PeakMemory
-from llmprune.methods import make_method
+from llmprune.methods import method_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import allocate, select_matrices
 from llmprune.progress import Reporter
@@ -44,7 +44,7 @@ class Job:
     ) -> None:
         recipe.budget()
         self.recipe = recipe
-        self.method = make_method(recipe.method, recipe.options)
+        self.method = method_of(recipe)
         self._allocator = allocator(recipe.allocation)
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)

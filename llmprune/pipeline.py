@@ -18,7 +18,7 @@ from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.statistics import Stats
+from llmprune.statistics import DRIFT, Stats
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
@@ -31,6 +31,8 @@ class Pruning:
     def __init__(self, plan: Plan, recipe: Recipe, method: Method, weights: Weights, reporter: Reporter) -> None:
         self.kinds = method.needs
         self.all_experts = recipe.calibration.all_experts
+        by_default = "module" if DRIFT in method.needs else "layer"
+        self.schedule = by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter = weights, reporter
         self._finished = weights.done() & {unit.name for unit in plan.units}
@@ -47,7 +49,7 @@ class Pruning:
 
     def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
         """Prune with calibration: drive `batches` through the model by the recipe's schedule."""
-        schedule.run(model, self._plan.units, batches, self._recipe.engine.schedule, self)
+        schedule.run(model, self._plan.units, batches, self.schedule, self)
 
     def run_without_data(self) -> None:
         """Prune unit by unit, for a method that needs no statistics."""
@@ -65,6 +67,12 @@ class Pruning:
         if unit.name not in self._loaded:
             self._weights.load(unit)
             self._loaded.add(unit.name)
+
+    def enter_dense(self, unit: Unit) -> None:
+        if unit.name in self._finished:
+            self._weights.load(unit, dense=True)
+        else:
+            self.enter(unit)
 
     def wanted(self, unit: Unit) -> set[str]:
         return self._wanted[unit.name]

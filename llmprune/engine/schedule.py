@@ -16,9 +16,10 @@ from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.collect import Collector
+from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.engine.suspend import DONE, Stop, Suspended
-from llmprune.statistics import Stats
+from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
 SCHEDULES = ("layer", "module")
@@ -32,6 +33,9 @@ class Work(Protocol):
 
     def enter(self, unit: Unit) -> None:
         """The batches stand before `unit`: its weights must be there when this returns."""
+
+    def enter_dense(self, unit: Unit) -> None:
+        """As `enter`, but with the dense weights, even if the unit is finished."""
 
     def wanted(self, unit: Unit) -> set[str]:
         """Names of the matrices of `unit` that are still to be solved."""
@@ -51,23 +55,41 @@ class Work(Protocol):
 
 def run(model: nn.Module, units: list[Unit], batches: list[Any], schedule: str, work: Work) -> None:
     """Drive `batches` (keyword arguments of the model) through the model, calling `work` at every unit."""
-    suspended = Suspended(lambda batch: model(**batch, use_cache=False), batches)
+
+    def forwards() -> Suspended:
+        return Suspended(lambda batch: model(**batch, use_cache=False), batches)
+
     step = _by_layer if schedule == "layer" else _by_module
-    with suspended, _stops_at(units, suspended):
-        step({unit.name: unit for unit in units}, suspended, work)
+    with contextlib.ExitStack() as stack:
+        suspended = stack.enter_context(forwards())
+        dense = DenseStream(stack.enter_context(forwards())) if DRIFT in work.kinds else None
+        stack.enter_context(_stops_at(units, suspended))
+        if dense is not None:
+            dense.start()
+        step({unit.name: unit for unit in units}, suspended, dense, work)
     if not work.complete():
         missed = [unit.name for unit in units if work.wanted(unit)]
         raise RunError(f"the forward pass never reached {', '.join(missed) or 'some layers'}")
 
 
-def _by_layer(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
+def _enter(unit: Unit, dense: DenseStream | None, work: Work) -> list[Inputs] | None:
+    """Bring the weights of `unit` in; first let the dense stream pass, if there is one."""
+    inputs = None
+    if dense is not None:
+        work.enter_dense(unit)
+        inputs = dense.through(unit, _parameters(unit, work.wanted(unit)))
+    work.enter(unit)
+    return inputs
+
+
+def _by_layer(units: dict[str, Unit], suspended: Suspended, dense: DenseStream | None, work: Work) -> None:
     suspended.start()
     while (stop := suspended.place()) is not DONE:
         unit = units[stop.name]
         if stop.kind == "unit":
-            work.enter(unit)
+            inputs = _enter(unit, dense, work)
             if work.wanted(unit):
-                _measure_and_solve(unit, unit.module, work.wanted(unit), suspended, work)
+                _measure_and_solve(unit, unit.module, work.wanted(unit), suspended, inputs, work)
             work.finish(unit)
         if work.complete():
             return
@@ -76,9 +98,10 @@ def _by_layer(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
             work.leave(unit)
 
 
-def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
+def _by_module(units: dict[str, Unit], suspended: Suspended, dense: DenseStream | None, work: Work) -> None:
     """As `_by_layer`, with stops at the products and expert blocks inside the current unit."""
     current: Unit | None = None
+    inputs: list[Inputs] | None = None
     inside_blocks: set[str] = set()
 
     def see(products: list[Product]) -> None:
@@ -103,9 +126,11 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
                     blocks.close()
                 if work.complete():
                     return
-                current = units[stop.name] if stop.kind == "unit" else None
-                if current is not None:
-                    work.enter(current)
+                # while there is no current unit, the dense stream is not stopped at its products
+                current = None
+                if stop.kind == "unit":
+                    inputs = _enter(units[stop.name], dense, work)
+                    current = units[stop.name]
                     observe.watch(_parameters(current, work.wanted(current)))
                     inside_blocks = _stop_at_blocks(current, suspended, blocks)
                 last = None
@@ -117,10 +142,10 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
                     for name in work.wanted(current)
                     if name.partition("[")[0].startswith(f"{current.prefix}{stop.name}.")
                 }
-                _measure_and_solve(current, block, wanted, suspended, work)
+                _measure_and_solve(current, block, wanted, suspended, inputs, work)
             else:
                 assert current is not None
-                last = _solve_product(current, stop.name, suspended, work, last)
+                last = _solve_product(current, stop.name, suspended, inputs, work, last)
             if current is not None and not work.wanted(current):
                 work.finish(current)
                 if work.complete():
@@ -128,10 +153,12 @@ def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None
             suspended.advance()
 
 
-def _measure_and_solve(unit: Unit, module: nn.Module, wanted: set[str], suspended: Suspended, work: Work) -> None:
+def _measure_and_solve(
+    unit: Unit, module: nn.Module, wanted: set[str], suspended: Suspended, inputs: list[Inputs] | None, work: Work
+) -> None:
     """Run `module` of `unit` on what the batches hold before it, and solve the `wanted` matrices in it."""
     collector = Collector(_parameters(unit, wanted), work.kinds)
-    collector.run(module, suspended.payloads(), all_experts=work.all_experts)
+    collector.run(module, suspended.payloads(), all_experts=work.all_experts, dense=inputs)
     work.solve(unit, collector.stats, collector.transposed)
 
 
@@ -139,7 +166,9 @@ def _measure_and_solve(unit: Unit, module: nn.Module, wanted: set[str], suspende
 Solved = tuple[Collector, list[Product], list[InputKey]]
 
 
-def _solve_product(unit: Unit, name: str, suspended: Suspended, work: Work, last: Solved | None) -> Solved:
+def _solve_product(
+    unit: Unit, name: str, suspended: Suspended, inputs: list[Inputs] | None, work: Work, last: Solved | None
+) -> Solved:
     """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
     products: list[Product] = list(suspended.payloads())
     keys = [input_key(product.x_TI) for product in products]
@@ -150,7 +179,7 @@ def _solve_product(unit: Unit, name: str, suspended: Suspended, work: Work, last
     else:
         collector = Collector({}, work.kinds)
         for number, product in enumerate(products):
-            collector.add(product, number)
+            collector.add(product, number, inputs[number] if inputs is not None else None)
     work.solve(unit, {name: collector.stats[name]}, {name: products[0].transposed})
     return collector, products, keys
 

@@ -61,7 +61,13 @@ class Suspended:
 
     def advance(self) -> None:
         """Run every batch from where it stands to its next stop."""
+        for _ in self.advance_each():
+            pass
+
+    def advance_each(self) -> Iterator[int]:
+        """`advance`, yielding the number of each batch just before it moves."""
         for number, job in enumerate(self._jobs):
+            yield number
             # one at a time, so that what a batch held at its old stop is freed before the next one moves
             self.stops[number] = DONE
             self.stops[number] = job.switch()
