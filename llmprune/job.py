@@ -26,7 +26,7 @@ from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels.product import FastLinear, why_not_onednn
 from llmprune.memory import PeakMemory
-from llmprune.methods import method_of
+from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import allocate, select_matrices
 from llmprune.progress import Reporter
@@ -45,6 +45,7 @@ class Job:
         recipe.budget()
         self.recipe = recipe
         self.method = method_of(recipe)
+        self._epochs = epochs_of(recipe)
         self._allocator = allocator(recipe.allocation)
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)
@@ -93,7 +94,7 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter)
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs)
         done = weights.done()
         if done:
             reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")

@@ -79,6 +79,9 @@ class Recipe(_Strict):
     )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    reconstruct: int | None = Field(
+        default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
+    )
     allocation: str = "uniform"
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)

@@ -12,10 +12,9 @@ from torch import nn
 from llmprune.arch.discover import expert_blocks
 from llmprune.engine.dense import Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
+from llmprune.engine.suspend import Call
 from llmprune.statistics import Stats
 from llmprune.types import RunError
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
+from llmprune.engine.reconstruct import first_tensor
 from llmprune.engine.suspend import Suspended
 from llmprune.types import RunError
 
@@ -21,10 +22,12 @@ class Inputs:
 
     `products`: inputs of each matrix, T x I, in the order of its uses. `blocks`: first arguments of
     each expert block, in the order of its calls. Which expert sees a token is for the pruned model to
-    decide, so a block is replayed on its dense input with the pruned model's routing.
+    decide, so a block is replayed on its dense input with the pruned model's routing. `output`: what the
+    unit returned, where forwards stop at its exit.
     """
 
     products: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    output: torch.Tensor | None = None
     blocks: dict[nn.Module, list[torch.Tensor]] = field(default_factory=dict)
 
     def next_of(self, name: str) -> torch.Tensor | None:
@@ -74,6 +77,10 @@ class DenseStream:
             stack.enter_context(observe)
             for _ in self._suspended.advance_each():
                 inputs.append(Inputs())
+        if self._suspended.place().kind == "exit":
+            for one, (_, output) in zip(inputs, self._suspended.payloads(), strict=True):
+                one.output = first_tensor(output)
+            self._suspended.advance()
         for name, x_TI, key in keys:
             if input_key(x_TI) != key:
                 raise RunError(f"the input of {name} is changed in place, so it cannot be compared: set retarget=0")

@@ -25,11 +25,19 @@ class Preset(NamedTuple):
     refine: str | None = None
     update: str | None = None
     retarget: float = 0.0
+    reconstruct: int = 0
 
 
 PRESETS = {
-    "auto": Preset("admm", update="least-squares", retarget=0.75),
+    "auto": Preset("admm", retarget=0.75, reconstruct=2),
 }
+
+
+def epochs_of(recipe: Recipe) -> int:
+    """How often a recipe has each layer fitted to its dense output, over all batches."""
+    preset = PRESETS.get(recipe.method)
+    by_default = preset.reconstruct if preset else 0
+    return by_default if recipe.reconstruct is None else recipe.reconstruct
 
 
 def method_of(recipe: Recipe) -> Method:

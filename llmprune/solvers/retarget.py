@@ -8,9 +8,7 @@ from llmprune.kernels.product import product_nt
 from llmprune.linalg import Scaled, inverse
 
 
-def retarget(
-    weight_OI: torch.Tensor, drift_II: torch.Tensor, system: Scaled, strength: float
-) -> torch.Tensor:
+def retarget(weight_OI: torch.Tensor, drift_II: torch.Tensor, system: Scaled, strength: float) -> torch.Tensor:
     """Weights whose outputs on the pruned model's inputs X come closest to X_dense W'.
 
     The minimiser of |X_dense W' - X V'|^2 + |V - W|^2_L, with L the damping of `system`, is

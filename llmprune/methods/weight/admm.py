@@ -29,11 +29,11 @@ class Admm:
     """
 
     damping: float = 0.01
-    iterations: int = 60
-    mask_iterations: int = 45
+    iterations: int = 30
+    mask_iterations: int = 24
     rho: float = 0.1
-    growth: float = 1.2
-    every: int = 3
+    growth: float = 1.3
+    every: int = 2
 
     kind: ClassVar[str] = "weight"
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
