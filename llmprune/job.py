@@ -246,6 +246,7 @@ class Job:
             "calibration": self._describe_calibration(),
             "layout": "plain",
             "tensors": tensors,
+            "layers": [{"name": unit.name, "fit": weights.records[unit.name]["fit"]} for unit in self.plan.units],
             "left_alone": left_alone,
             "totals": {
                 "params_before": params,

@@ -93,7 +93,7 @@ class Pruning:
                     # taken out, so that the last matrix that shares these statistics frees them
                     self._prune(unit, spec, stats.pop(spec.name))
 
-    def reconstruct(self, unit: Unit, calls: list[Call], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
         """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
         stored = {row.name.partition("[")[0]: None for row in self._outcomes}
         parameters = {
@@ -101,10 +101,9 @@ class Pruning:
         }
         kept = {name: one != 0 for name, one in parameters.items()}
         start = {name: one.float() for name, one in parameters.items()}
-        with torch._C.DisableTorchFunction():
-            found, before, after = reconstruct(
-                unit.module, start, kept, calls, targets, epochs=self._epochs, seed=self._recipe.seed
-            )
+        found, before, after = reconstruct(
+            unit.module, start, kept, calls, targets, epochs=self._epochs, seed=self._recipe.seed
+        )
         for name, one in parameters.items():
             dtype = self._weights.storage_dtype(unit.prefix + name)
             one.copy_(found[name].to(dtype).masked_fill(~kept[name], 0))

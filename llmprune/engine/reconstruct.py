@@ -21,7 +21,7 @@ def reconstruct(
     module: nn.Module,
     parameters: dict[str, torch.Tensor],
     kept: dict[str, torch.Tensor],
-    calls: list[Call],
+    calls: list[tuple[Call, torch.Tensor]],
     targets: list[torch.Tensor],
     *,
     epochs: int,
@@ -30,7 +30,7 @@ def reconstruct(
     """Weights that bring the outputs of `module` on `calls` closer to `targets`, with the same zeros.
 
     `parameters`: float32 values to start from, by name in the module; `kept`: bool masks of the same
-    shapes. Adam on the squared error, one batch a step, `epochs` times through all batches in an order
+    shapes; `calls`: arguments and present output of each batch. Adam on the squared error, one batch a step, `epochs` times through all batches in an order
     drawn from `seed`; the step length rises over the first steps and falls along a half cosine. Needs one
     layer's parameters four times in float32 (values, gradients, two moments) and the activations of one
     batch. Returns the weights, and the relative squared error (of the targets' energy) before and after;
@@ -44,13 +44,13 @@ def reconstruct(
         [{"params": [values[name]], "lr": rate} for name, rate in rates.items() if rate > 0], betas=BETAS
     )
     energy = sum(float(one.float().square().sum()) for one in targets)
-    before = _error(module, values, calls, targets) / energy
+    before = sum(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
     generator = torch.Generator().manual_seed(seed)
     order = [number for _ in range(epochs) for number in torch.randperm(len(calls), generator=generator).tolist()]
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(order)))
     for number in order:
         with torch.enable_grad():
-            loss = _squared(_output(module, values, calls[number]), targets[number]) / energy
+            loss = _squared(_output(module, values, calls[number][0]), targets[number]) / energy
             loss.backward()  # type: ignore[no-untyped-call]
         for name, one in values.items():
             if one.grad is not None:
@@ -59,7 +59,9 @@ def reconstruct(
         optimizer.zero_grad()
         shape.step()
     found = {name: one.detach() for name, one in values.items()}
-    after = _error(module, found, calls, targets) / energy
+    with torch.no_grad():
+        fitted = (_output(module, found, call) for call, _ in calls)
+        after = sum(float(_squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
     return (found, before, after) if after < before else (parameters, before, before)
 
 
@@ -82,9 +84,3 @@ def _output(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> t
 
 def _squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().sum()
-
-
-@torch.no_grad()
-def _error(module: nn.Module, values: dict[str, torch.Tensor], calls: list[Call], targets: list[torch.Tensor]) -> float:
-    pairs = zip(calls, targets, strict=True)
-    return sum(float(_squared(_output(module, values, call), target)) for call, target in pairs)

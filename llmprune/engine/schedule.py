@@ -19,6 +19,7 @@ from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.collect import Collector
 from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
+from llmprune.engine.reconstruct import first_tensor
 from llmprune.engine.suspend import DONE, Call, Stop, Suspended
 from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
@@ -45,8 +46,8 @@ class Work(Protocol):
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         """Prune the matrices whose statistics are given; uses the dict up."""
 
-    def reconstruct(self, unit: Unit, calls: list[Call], targets: list[torch.Tensor]) -> None:
-        """Fit the solved `unit` to the dense model's outputs `targets`, one a call."""
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs."""
 
     def finish(self, unit: Unit) -> None:
         """Nothing more will be measured in `unit`."""
@@ -154,7 +155,7 @@ class _Course:
             return False
         assert self._inputs is not None
         self._blocks.close()
-        calls = [call for call, _ in self._suspended.payloads()]
+        calls = [(call, first_tensor(output)) for call, output in self._suspended.payloads()]
         targets = [one.output for one in self._inputs if one.output is not None]
         self._work.reconstruct(self._unit, calls, targets)
         self._finish()
