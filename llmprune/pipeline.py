@@ -96,6 +96,8 @@ class Pruning:
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
         """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
         stored = {row.name.partition("[")[0]: None for row in self._outcomes}
+        if not stored:
+            return
         parameters = {
             name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
         }

@@ -70,7 +70,7 @@ class Recipe(_Strict):
     """What to prune, by which method, how much, and on which evidence."""
 
     model: str = ""
-    method: str = "sparsegpt"
+    method: str = "auto"
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
     refine: str | None = Field(default=None, description="how the mask is improved: swaps, or none")
     update: str | None = Field(default=None, description="weights for the final mask: least-squares, or none")

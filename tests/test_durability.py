@@ -31,7 +31,7 @@ LAYERS = 5
 
 
 def run(out: Path, *options: object) -> tuple[object, ...]:
-    return ("prune", DEMO, "--out", out, "--sparsity", 0.5, *QUICK, *options)
+    return ("prune", DEMO, "--out", out, "--method", "sparsegpt", "--sparsity", 0.5, *QUICK, *options)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_a_failed_run_can_be_resumed_in_the_same_process(
         raise OSError("no space left on device")
 
     settings: dict[str, Any] = {"out": tmp_path / "out", "sparsity": 0.5, "calibration": QUICK[1]}
-    settings |= {"samples": 4, "seqlen": 64}
+    settings |= {"method": "sparsegpt", "samples": 4, "seqlen": 64}
     with monkeypatch.context() as patched, pytest.raises(llmprune.RunError, match="no space left") as kept:
         patched.setattr(output, "save_file", broken)
         llmprune.prune(DEMO, **settings)

@@ -381,7 +381,7 @@ def test_unknown_recipe_key(work: Path, text: str, key: str, meant: str) -> None
     ],
 )
 def test_wrong_setting(work: Path, setting: str, says: tuple[str, ...]) -> None:
-    half_refused(work, "--set", setting, says=says)
+    half_refused(work, "--method", "sparsegpt", "--set", setting, says=says)
 
 
 def test_option_of_another_method(work: Path) -> None:

@@ -38,13 +38,15 @@ def reconstruct(
 
     Sub-block reconstruction against dense activations with frozen masks: sheet weight-methods, 8.9.
     """
+    energy = sum(float(one.float().square().sum()) for one in targets)
+    before = sum(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
     values = {name: one.clone().requires_grad_() for name, one in parameters.items()}
     rates = {name: RATE * float(one[kept[name]].square().mean().sqrt()) for name, one in parameters.items()}
+    if not any(rates.values()):
+        return parameters, before, before
     optimizer = torch.optim.Adam(
         [{"params": [values[name]], "lr": rate} for name, rate in rates.items() if rate > 0], betas=BETAS
     )
-    energy = sum(float(one.float().square().sum()) for one in targets)
-    before = sum(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
     generator = torch.Generator().manual_seed(seed)
     order = [number for _ in range(epochs) for number in torch.randperm(len(calls), generator=generator).tolist()]
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(order)))

@@ -30,6 +30,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "auto": Preset("admm", retarget=0.75, reconstruct=2),
+    "auto-fast": Preset("admm", retarget=0.75),
 }
 
 
@@ -58,7 +59,7 @@ def method_class(name: str) -> Any:
     """The class behind a method name, or behind the user's own `module:Class`; raises UserError."""
     path = METHODS.get(name, name if ":" in name else "")
     if not path:
-        raise UserError(f"unknown method {name!r}{nearest(name, list(METHODS))}")
+        raise UserError(f"unknown method {name!r}{nearest(name, [*METHODS, *PRESETS])}")
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
@@ -88,20 +89,21 @@ def _accepted(default: Any) -> tuple[type, ...]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row a method: name, kind, statistics it needs, patterns, kind of output, paper, options."""
+    """One row a method: name, kind, statistics it needs, patterns, kind of output, paper, options, further steps."""
     rows = []
-    for name in METHODS:
-        cls = method_class(name)
-        options = {one.name: one.default for one in fields(cls)}
+    for name in (*PRESETS, *METHODS):
+        preset = PRESETS.get(name, Preset(name))
+        method = method_of(Recipe(method=name))
         rows.append(
             {
                 "name": name,
-                "kind": cls.kind,
-                "needs": sorted(cls.needs),
-                "patterns": list(cls.patterns),
-                "output": cls.output,
-                "paper": cls.paper,
-                "options": options,
+                "kind": method.kind,
+                "needs": sorted(method.needs),
+                "patterns": list(method.patterns),
+                "output": method.output,
+                "paper": method.paper,
+                "options": {one.name: one.default for one in fields(method_class(preset.method))},
+                "steps": preset._asdict(),
             }
         )
     return rows

@@ -32,8 +32,8 @@ class Admm:
     iterations: int = 30
     mask_iterations: int = 24
     rho: float = 0.1
-    growth: float = 1.3
-    every: int = 2
+    growth: float = 2.0
+    every: int = 6
 
     kind: ClassVar[str] = "weight"
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
