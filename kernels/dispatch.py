@@ -57,6 +57,26 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation("torch", "product:product_torch"),
     ),
+    "matmul24": (
+        Implementation(
+            "triton",
+            "sparse24_triton:matmul24",
+            eligibility.triton,
+            eligibility.decode24,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "sparse24:matmul24_torch"),
+    ),
+    "unpack24": (
+        Implementation(
+            "triton",
+            "sparse24_triton:unpack24",
+            eligibility.triton,
+            eligibility.packed24,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "sparse24:unpack24_torch"),
+    ),
 }
 
 

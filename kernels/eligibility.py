@@ -12,6 +12,9 @@ import torch
 
 # Smaller products than this many multiplications are not worth oneDNN's set-up.
 SMALLEST_ONEDNN = 1 << 20
+HALVES = (torch.bfloat16, torch.float16)
+# Beyond this many tokens arithmetic, not memory traffic, is the limit of a product on a GPU.
+DECODE_TOKENS = 64
 
 
 def always(*operands: Any) -> str | None:
@@ -73,3 +76,26 @@ def interpreted() -> bool:
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+# 2:4 matrices.
+
+
+def packed24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+    if values_OV.dtype not in HALVES:
+        return f"it computes bfloat16 and float16, not {values_OV.dtype}"
+    if values_OV.shape[1] % 16:
+        return f"{values_OV.shape[1] * 2} inputs are no multiple of 32"
+    if not values_OV.is_contiguous() or not metadata_OB.is_contiguous():
+        return "the packed weights have gaps"
+    return None
+
+
+def decode24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+    if not 0 < len(x_TI) <= DECODE_TOKENS:
+        return f"{len(x_TI)} tokens are not 1 to {DECODE_TOKENS}"
+    if x_TI.dtype != values_OV.dtype:
+        return f"inputs of {x_TI.dtype} and weights of {values_OV.dtype}"
+    if x_TI.stride(1) != 1:
+        return "the inputs of a token are not contiguous"
+    return packed24(values_OV, metadata_OB)
