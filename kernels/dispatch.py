@@ -57,6 +57,36 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         ),
         Implementation("torch", "product:product_torch"),
     ),
+    "gram_update": (
+        Implementation(
+            "triton",
+            "gram_triton:gram_update_",
+            eligibility.triton,
+            eligibility.gram,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "gram:gram_update_torch_"),
+    ),
+    "column_moments": (
+        Implementation(
+            "triton",
+            "moments_triton:column_moments",
+            eligibility.triton,
+            eligibility.float_rows,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "moments:column_moments_torch"),
+    ),
+    "sparsegpt_block": (
+        Implementation(
+            "triton",
+            "sparsegpt_block_triton:solve_block",
+            eligibility.triton,
+            eligibility.sparsegpt_block,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "sparsegpt_block:solve_block_torch"),
+    ),
     "matmul24": (
         Implementation(
             "triton",
@@ -66,6 +96,16 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             eligibility.not_interpreted,
         ),
         Implementation("torch", "sparse24:matmul24_torch"),
+    ),
+    "matmul_bitmask": (
+        Implementation(
+            "triton",
+            "bitmask_triton:matmul_bitmask",
+            eligibility.triton,
+            eligibility.decode_bitmask,
+            eligibility.not_interpreted,
+        ),
+        Implementation("torch", "bitmask:matmul_bitmask_torch"),
     ),
     "unpack24": (
         Implementation(
@@ -80,8 +120,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
 }
 
 
-def choose(operation: str, *operands: torch.Tensor) -> Implementation:
-    """The implementation that computes `operation` on these operands; raises RunError if the one asked for cannot."""
+def choose(operation: str, *operands: Any) -> Implementation:
+    """The implementation that computes `operation` on these operands, the first of which is a tensor.
+
+    Raises RunError if `LLMPRUNE_KERNELS` asks for one that cannot.
+    """
     asked = _asked(os.environ.get(VARIABLE, "")).get(operation)
     device = operands[0].device
     passed_over = {}
@@ -99,10 +142,9 @@ def choose(operation: str, *operands: torch.Tensor) -> Implementation:
     raise AssertionError(f"the last implementation of {operation} must always run")
 
 
-def run(operation: str, *operands: Any, **options: Any) -> Any:
-    """Compute `operation`: its tensors decide by whom."""
-    tensors = [one for one in operands if isinstance(one, torch.Tensor)]
-    return choose(operation, *tensors).run(*operands, **options)
+def run(operation: str, *operands: Any) -> Any:
+    """Compute `operation`."""
+    return choose(operation, *operands).run(*operands)
 
 
 def check_choice(device: torch.device) -> None:

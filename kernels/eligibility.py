@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+from llmprune.types import Budget
+
 # Smaller products than this many multiplications are not worth oneDNN's set-up.
 SMALLEST_ONEDNN = 1 << 20
 HALVES = (torch.bfloat16, torch.float16)
 # Beyond this many tokens arithmetic, not memory traffic, is the limit of a product on a GPU.
 DECODE_TOKENS = 64
+LARGEST_BLOCK = 128
 
 
 def always(*operands: Any) -> str | None:
@@ -78,6 +81,32 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+# Statistics and SparseGPT.
+
+
+def gram(lower_II: torch.Tensor, x_TI: torch.Tensor, *more: torch.Tensor) -> str | None:
+    lowers, inputs = [lower_II, *more[::2]], [x_TI, *more[1::2]]
+    if any(one.shape != lower_II.shape or one.dtype != torch.float32 or not one.is_contiguous() for one in lowers):
+        return "the Gram matrices are not contiguous float32 of one size"
+    if any(one.dtype != x_TI.dtype or one.device != lower_II.device for one in inputs):
+        return "the inputs differ in dtype or device"
+    return float_rows(x_TI)
+
+
+def float_rows(x_TI: torch.Tensor) -> str | None:
+    return None if x_TI.dtype in (*HALVES, torch.float32) else f"it reads 16-bit floats and float32, not {x_TI.dtype}"
+
+
+def sparsegpt_block(
+    current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget
+) -> str | None:
+    if len(current_BO) > LARGEST_BLOCK:
+        return f"a block of {len(current_BO)} columns does not fit the registers: at most {LARGEST_BLOCK}"
+    if budget.pattern.group not in (0, 2, 4, 8, 16):
+        return f"groups of {budget.pattern.group} are no power of two up to 16"
+    return float32_matrices(current_BO, inverse_t_BB)
+
+
 # 2:4 matrices.
 
 
@@ -92,10 +121,21 @@ def packed24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
 
 
 def decode24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+    return _decode(x_TI, values_OV) or packed24(values_OV, metadata_OB)
+
+
+# Bitmask matrices.
+
+
+def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tensor) -> str | None:
+    if values_V.dtype not in HALVES:
+        return f"it computes bfloat16 and float16, not {values_V.dtype}"
+    return _decode(x_TI, values_V)
+
+
+def _decode(x_TI: torch.Tensor, values: torch.Tensor) -> str | None:
     if not 0 < len(x_TI) <= DECODE_TOKENS:
         return f"{len(x_TI)} tokens are not 1 to {DECODE_TOKENS}"
-    if x_TI.dtype != values_OV.dtype:
-        return f"inputs of {x_TI.dtype} and weights of {values_OV.dtype}"
-    if x_TI.stride(1) != 1:
-        return "the inputs of a token are not contiguous"
-    return packed24(values_OV, metadata_OB)
+    if x_TI.dtype != values.dtype:
+        return f"inputs of {x_TI.dtype} and weights of {values.dtype}"
+    return None if x_TI.stride(1) == 1 else "the inputs of a token are not contiguous"
