@@ -29,7 +29,7 @@ def moments_kernel(
         inside = (t < tokens) & (i[None, :] < width)
         x = tl.load(x_ptr + t.to(tl.int64) * x_stride + i[None, :], mask=inside, other=0.0).to(tl.float32)
         count = tl.minimum(tokens - start, BLOCK_T).to(tl.float32)
-        tile_mean = tl.sum(x, 0) / count
+        tile_mean = tl.sum(x, 0) * (1.0 / count)
         centred = tl.where(inside, x - tile_mean[None, :], 0.0)
         gap = tile_mean - mean
         total = seen + count
