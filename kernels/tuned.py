@@ -6,9 +6,11 @@ gets `default.json`. Nothing is tuned at import or at a call. How to add a file:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,38 @@ import torch
 FOLDER = Path(__file__).parent / "configurations"
 
 
+_trials: dict[str, dict[str, int]] = {}
+
+
 def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, int]:
     """The launch parameters of `kernel` for these sizes: of the first entry whose upper bounds hold them all."""
-    for entry in _read(_name_of(device))[kernel]:
+    if kernel in _trials:
+        return _trials[kernel]
+    for entry in _read(name_of(device))[kernel]:
         if all(sizes[axis] <= bound for axis, bound in entry["up_to"].items()):
             launch: dict[str, int] = entry["launch"]
             return launch
     raise KeyError(f"no configuration of {kernel} holds {sizes}: its last entry must be unbounded")
 
 
+@contextlib.contextmanager
+def trial(kernel: str, launch: dict[str, int]) -> Iterator[None]:
+    """While active, `kernel` is launched so, whatever the size: for tuning and tests."""
+    _trials[kernel] = launch
+    try:
+        yield
+    finally:
+        del _trials[kernel]
+
+
 def is_tuned(device: torch.device) -> bool:
     """Whether the configurations of this device were chosen by measurement."""
-    return bool(_read(_name_of(device))["tuned"])
+    return bool(_read(name_of(device))["tuned"])
 
 
-def _name_of(device: torch.device) -> str:
+@functools.cache
+def name_of(device: torch.device) -> str:
+    """The name of the file that this device looks for."""
     return _slug(torch.cuda.get_device_name(device)) if device.type == "cuda" else "default"
 
 

@@ -173,7 +173,11 @@ def examine(compiled: Any) -> dict[str, Any]:
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", dump[1])
     code = [(int(place, 16), name, rest) for place, name, rest in found]
     names = collections.Counter(name.split(".")[0] for _, name, _ in code)
-    jumps = [(int(to[1], 16), at) for at, name, rest in code if name.startswith("BRA") and (to := re.search(r"0x(\w+)", rest))]
+    jumps = [
+        (int(to[1], 16), at)
+        for at, name, rest in code
+        if name.startswith("BRA") and (to := re.search(r"0x(\w+)", rest))
+    ]
     loops = [(first, last) for first, last in jumps if first < last]
     inner = [
         one for one in loops if not any(one != other and one[0] <= other[0] < other[1] <= one[1] for other in loops)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import interpreter  # noqa: F401 (before the kernels)
@@ -12,7 +13,9 @@ import triton.language as tl
 from patterns import two_of_four, unstructured
 
 from llmprune.kernels import bitmask, dispatch, gram, gram_triton, moments, sparse24, sparsegpt_block, tuned
-from llmprune.types import Budget, Pattern
+from llmprune.methods.weight.sparsegpt import SparseGPT
+from llmprune.statistics import Stats
+from llmprune.types import Budget, Matrix, Pattern
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -27,7 +30,7 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks() -> Iterator[None]:
     """Configurations so small that every loop runs more than once and every mask has something to mask."""
     launches = {
         "matmul24": {"BLOCK_T": 16, "BLOCK_O": 16, "WORDS": 2, "SPLIT": 3},
@@ -37,8 +40,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         "column_moments": {"BLOCK_T": 8, "BLOCK_I": 16, "STEPS": 2},
         "sparsegpt_block": {"BLOCK_O": 8},
     }
-    for module in ("sparse24_triton", "bitmask_triton", "gram_triton", "moments_triton", "sparsegpt_block_triton"):
-        monkeypatch.setattr(f"llmprune.kernels.{module}.configuration", lambda kernel, device, **_: launches[kernel])
+    with contextlib.ExitStack() as stack:
+        for kernel, launch in launches.items():
+            stack.enter_context(tuned.trial(kernel, launch))
+        yield
 
 
 def assert_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
@@ -191,6 +196,21 @@ def test_sparsegpt_block(
     assert bool((current[pruned] == 0).all())
     torch.testing.assert_close(current, expected, rtol=1e-4, atol=1e-4 * float(expected.square().mean().sqrt()))
     assert found == pytest.approx(loss, rel=1e-5)
+
+
+def test_sparsegpt_through_the_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole matrix: blocks, a ragged last one, and what is carried between them."""
+    weight = torch.randn(11, 40)
+    stats = Stats(40, SparseGPT.needs)
+    stats.update(torch.randn(90, 40) + torch.randn(90, 1))
+    for budget in BUDGETS[:3]:
+        expected = SparseGPT(block=16).solve(Matrix("weight", weight), stats, budget)
+        with monkeypatch.context() as patch:
+            patch.setenv("LLMPRUNE_KERNELS", "sparsegpt_block=triton")
+            found = SparseGPT(block=16).solve(Matrix("weight", weight), stats, budget)
+        assert torch.equal(found.pruned_OI, expected.pruned_OI)
+        torch.testing.assert_close(found.weight_OI, expected.weight_OI, rtol=1e-4, atol=1e-5)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4)
 
 
 def test_what_the_kernel_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
