@@ -156,6 +156,12 @@ def check_choice(device: torch.device) -> None:
             raise UserError(f"{VARIABLE} asks for {operation}={name}, which cannot run here: {reason}")
 
 
+def fingerprint(device: torch.device) -> dict[str, str | None]:
+    """What may change the bytes of a result: the choice by hand, and triton where it runs by itself."""
+    triton = eligibility.triton_version() if device.type == "cuda" else None
+    return {"asked": os.environ.get(VARIABLE), "triton": triton}
+
+
 @functools.cache
 def _asked(setting: str) -> dict[str, str]:
     """The implementation that a setting names, by operation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def slow_onednn_processor() -> str | None:
 
 
 def triton(device: torch.device) -> str | None:
-    if not _has_triton():
+    if triton_version() is None:
         return "triton is not installed: pip install 'llmprune[kernels]'"
     if device.type == "cuda" or interpreted():
         return None
@@ -77,8 +77,11 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 # Statistics and SparseGPT.

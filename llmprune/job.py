@@ -81,6 +81,7 @@ class Job:
             "tokens": self.tokens.digest() if self.tokens else None,
             "versions": versions(),
             "device": self.device.type,
+            "kernels": dispatch.fingerprint(self.device),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
