@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -46,6 +47,10 @@ class Implementation:
         return found
 
 
+def _triton(kernel: str, function: str, fits: Callable[..., str | None]) -> Implementation:
+    return Implementation("triton", function, eligibility.triton, fits, partial(eligibility.measured, kernel))
+
+
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "product": (
         Implementation(
@@ -58,63 +63,27 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "product:product_torch"),
     ),
     "gram_update": (
-        Implementation(
-            "triton",
-            "gram_triton:gram_update_",
-            eligibility.triton,
-            eligibility.gram,
-            eligibility.not_interpreted,
-        ),
+        _triton("gram_update", "gram_triton:gram_update_", eligibility.gram),
         Implementation("torch", "gram:gram_update_torch_"),
     ),
     "column_moments": (
-        Implementation(
-            "triton",
-            "moments_triton:column_moments",
-            eligibility.triton,
-            eligibility.float_rows,
-            eligibility.not_interpreted,
-        ),
+        _triton("column_moments", "moments_triton:column_moments", eligibility.float_rows),
         Implementation("torch", "moments:column_moments_torch"),
     ),
     "sparsegpt_block": (
-        Implementation(
-            "triton",
-            "sparsegpt_block_triton:solve_block",
-            eligibility.triton,
-            eligibility.sparsegpt_block,
-            eligibility.not_interpreted,
-        ),
+        _triton("sparsegpt_block", "sparsegpt_block_triton:solve_block", eligibility.sparsegpt_block),
         Implementation("torch", "sparsegpt_block:solve_block_torch"),
     ),
     "matmul24": (
-        Implementation(
-            "triton",
-            "sparse24_triton:matmul24",
-            eligibility.triton,
-            eligibility.decode24,
-            eligibility.not_interpreted,
-        ),
+        _triton("matmul24", "sparse24_triton:matmul24", eligibility.matmul24),
         Implementation("torch", "sparse24:matmul24_torch"),
     ),
     "matmul_bitmask": (
-        Implementation(
-            "triton",
-            "bitmask_triton:matmul_bitmask",
-            eligibility.triton,
-            eligibility.decode_bitmask,
-            eligibility.not_interpreted,
-        ),
+        _triton("matmul_bitmask", "bitmask_triton:matmul_bitmask", eligibility.decode_bitmask),
         Implementation("torch", "bitmask:matmul_bitmask_torch"),
     ),
     "unpack24": (
-        Implementation(
-            "triton",
-            "sparse24_triton:unpack24",
-            eligibility.triton,
-            eligibility.packed24,
-            eligibility.not_interpreted,
-        ),
+        _triton("unpack24", "sparse24_triton:unpack24", eligibility.packed24),
         Implementation("torch", "sparse24:unpack24_torch"),
     ),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmprune.kernels import tuned
 from llmprune.types import Budget
 
 # Smaller products than this many multiplications are not worth oneDNN's set-up.
@@ -68,8 +69,13 @@ def triton(device: torch.device) -> str | None:
     return f"triton kernels need a CUDA device or TRITON_INTERPRET=1, and the tensors are on {device.type}"
 
 
-def not_interpreted(*operands: torch.Tensor) -> str | None:
-    return "triton's interpreter is for tests" if interpreted() else None
+def measured(kernel: str, *operands: torch.Tensor) -> str | None:
+    """A kernel runs by itself only on a GPU where it was found to be right and faster than torch."""
+    if interpreted():
+        return "triton's interpreter is for tests"
+    if tuned.beats_torch(kernel, operands[0].device):
+        return None
+    return f"no measurement on this GPU ({tuned.name_of(operands[0].device)}) says that it is faster than torch"
 
 
 def interpreted() -> bool:
@@ -123,8 +129,8 @@ def packed24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
     return None
 
 
-def decode24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
-    return _decode(x_TI, values_OV) or packed24(values_OV, metadata_OB)
+def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+    return _inputs(x_TI, values_OV) or packed24(values_OV, metadata_OB)
 
 
 # Bitmask matrices.
@@ -133,12 +139,14 @@ def decode24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Ten
 def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tensor) -> str | None:
     if values_V.dtype not in HALVES:
         return f"it computes bfloat16 and float16, not {values_V.dtype}"
-    return _decode(x_TI, values_V)
+    if len(x_TI) > DECODE_TOKENS:
+        return f"{len(x_TI)} tokens are more than {DECODE_TOKENS}"
+    return _inputs(x_TI, values_V)
 
 
-def _decode(x_TI: torch.Tensor, values: torch.Tensor) -> str | None:
-    if not 0 < len(x_TI) <= DECODE_TOKENS:
-        return f"{len(x_TI)} tokens are not 1 to {DECODE_TOKENS}"
+def _inputs(x_TI: torch.Tensor, values: torch.Tensor) -> str | None:
+    if not len(x_TI):
+        return "there are no tokens"
     if x_TI.dtype != values.dtype:
         return f"inputs of {x_TI.dtype} and weights of {values.dtype}"
     return None if x_TI.stride(1) == 1 else "the inputs of a token are not contiguous"

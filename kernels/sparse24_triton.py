@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from llmprune.kernels import eligibility
 from llmprune.kernels.tuned import configuration
 
 
@@ -87,8 +88,10 @@ def unpack24_kernel(
 
 
 def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
-    """Up to 64 tokens: memory traffic decides there, and a 2:4 matrix is 0.5625 of the dense bytes."""
+    """Few tokens: memory traffic decides, and a 2:4 matrix is 0.5625 of the dense bytes. Many: expand and multiply."""
     tokens, inputs = x_TI.shape
+    if tokens > eligibility.DECODE_TOKENS:
+        return x_TI @ unpack24(values_OV, metadata_OB).T
     outputs = len(values_OV)
     launch: dict[str, Any] = configuration("matmul24", x_TI.device, tokens=tokens, outputs=outputs)
     split = launch["SPLIT"]

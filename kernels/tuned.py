@@ -43,9 +43,9 @@ def trial(kernel: str, launch: dict[str, int]) -> Iterator[None]:
         del _trials[kernel]
 
 
-def is_tuned(device: torch.device) -> bool:
-    """Whether the configurations of this device were chosen by measurement."""
-    return bool(_read(name_of(device))["tuned"])
+def beats_torch(kernel: str, device: torch.device) -> bool:
+    """Whether `kernel` was measured on this GPU and found to be faster than plain torch."""
+    return kernel in _read(name_of(device))["beats_torch"]
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Triton's interpreter for tests: kernels run on CPU, line by line, with bfloat16 made right.
 
-Import this before any kernel; conftest.py has switched the interpreter on. It holds bfloat16 as bit patterns in uint16 and computes on the patterns;
-here operands of arithmetic and of `tl.dot` are widened first (exact), and results rounded back.
+Import this before any kernel; conftest.py has switched the interpreter on. It holds bfloat16 as bit patterns in
+uint16 and computes on the patterns; here operands of arithmetic and of `tl.dot` are widened first (exact), and
+results rounded back.
 """
 
 from __future__ import annotations

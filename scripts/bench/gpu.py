@@ -1,11 +1,10 @@
 """Time the GPU kernels beside cuBLAS, on the shapes of Llama 3 8B and 70B, in parts of a few minutes each.
 
-    python scripts/bench/kernels.py gram moments solve decode prefill
-    python scripts/bench/kernels.py --tune matmul24 matmul_bitmask gram_update
+    python scripts/bench/gpu.py gram moments solve decode prefill
 
 Needs a CUDA GPU and triton. Each part first checks its results against float64 or the torch form and stops if they are
 wrong. Times are medians of CUDA graph replays with the L2 cache flushed in between. Parts that ran are kept in
-benchmarks/kernels.json. `--tune` writes the fastest of a few launch configurations to kernels/configurations/.
+benchmarks/gpu.json.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import record
 import torch
 
 from llmprune import masks
-from llmprune.kernels import bitmask, gram, moments, sparse24, tuned
+from llmprune.kernels import bitmask, gram, moments, sparse24
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Matrix, Pattern
@@ -190,9 +189,10 @@ def part_prefill(quick: bool) -> Iterator[Row]:
     for (outputs, inputs), tokens in itertools.product([(256, 512)] if quick else SHAPES[:4], [128, 512, 2048, 8192]):
         weight, x = two_of_four(outputs, inputs), random(tokens, inputs)
         packed = sparse24.pack24(weight)
-        check_product(sparse24.matmul24(x, *packed), x, weight)
-        expand = seconds(sparse24.unpack24, *packed)
-        ours = seconds(sparse24.matmul24, x, *packed)
+        with asked("matmul24=triton,unpack24=triton"):
+            check_product(sparse24.matmul24(x, *packed), x, weight)
+            expand = seconds(sparse24.unpack24, *packed)
+            ours = seconds(sparse24.matmul24, x, *packed)
         dense = seconds(dense_product, x, weight)
         shape = {"outputs": outputs, "inputs": inputs, "tokens": tokens}
         yield {**shape, "expand": expand, "expand and multiply": ours, "cublas": dense}
@@ -206,75 +206,17 @@ PARTS = {
     "prefill": part_prefill,
 }
 
-# Tuning: for each kernel the launch parameters to try, and a call of the size of a bucket.
-
-TRIALS: dict[str, dict[str, list[int]]] = {
-    "matmul24": {
-        "BLOCK_O": [64, 128],
-        "WORDS": [4, 8],
-        "SPLIT": [1, 2, 4, 8],
-        "num_warps": [4, 8],
-        "num_stages": [2, 3, 4],
-    },
-    "matmul_bitmask": {
-        "BLOCK_O": [64, 128],
-        "WORDS": [2, 4],
-        "SPLIT": [2, 4, 8],
-        "num_warps": [4, 8],
-        "num_stages": [2, 3],
-    },
-    "gram_update": {"BLOCK_I": [64, 128], "BLOCK_T": [32, 64], "num_warps": [4, 8], "num_stages": [3, 4]},
-}
-
-
-def sample_call(kernel: str, up_to: dict[str, int]) -> Callable[[], Any]:
-    """A call whose size is that of the bucket."""
-    if kernel == "gram_update":
-        x = random(8192, 4096, dtype=torch.bfloat16 if up_to.get("bits") == 16 else torch.float32)
-        lower = torch.zeros(4096, 4096, device=DEVICE)
-        return lambda: gram.gram_update_(lower, x)
-    x = random(up_to.get("tokens", 64), 4096)
-    weight = two_of_four(4096 if "outputs" in up_to else 14336, 4096)
-    if kernel == "matmul24":
-        pair = sparse24.pack24(weight)
-        return lambda: sparse24.matmul24(x, *pair)
-    packed = bitmask.pack_bitmask(weight)
-    return lambda: bitmask.matmul_bitmask(x, packed)
-
-
-def tune(kernels: list[str]) -> None:
-    """Write the fastest launch of every bucket to this GPU's file; other kernels keep what they have."""
-    from triton.errors import TritonError
-
-    name = tuned.name_of(torch.device(DEVICE))
-    path = tuned.FOLDER / f"{name}.json"
-    chosen = json.loads((path if path.is_file() else tuned.FOLDER / "default.json").read_text())
-    for kernel in kernels:
-        for entry in chosen[kernel]:
-            call = sample_call(kernel, entry["up_to"])
-            best = (float("inf"), entry["launch"])
-            for values in itertools.product(*TRIALS[kernel].values()):
-                launch = {**entry["launch"], **dict(zip(TRIALS[kernel], values, strict=True))}
-                # a launch may be too large for this GPU
-                with tuned.trial(kernel, launch), asked(f"{kernel}=triton"), contextlib.suppress(TritonError):
-                    best = min(best, (seconds_eager(call, repeats=10), launch), key=lambda pair: pair[0])
-            entry["launch"] = best[1]
-            print(kernel, entry, f"{best[0] * 1e6:.1f} us", flush=True)
-    chosen.update(gpu=torch.cuda.get_device_name(), tuned=True, note=f"{', '.join(kernels)} tuned by {sys.argv[0]}")
-    path.write_text(json.dumps(chosen, indent=1) + "\n")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--tune", nargs="+", choices=list(TRIALS), default=[])
+    parser.add_argument("parts", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing written: does the script run?")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("there is no CUDA GPU here, and times from anywhere else would say nothing")
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
-    path = record.FOLDER / "kernels.json"
+    path = record.FOLDER / "gpu.json"
     measured = json.loads(path.read_text())["measured"] if path.is_file() else {}
     for name in arguments.parts:
         rows = []
@@ -282,11 +224,9 @@ def main() -> None:
             rows.append(row)
             print(name, row, flush=True)
         measured[name] = {"environment": record.environment("triton"), "rows": rows}
-    if arguments.parts and not arguments.quick:
+    if not arguments.quick:
         text = "".join(f"## {name}\n\n{_table(one['rows'])}\n" for name, one in measured.items())
-        record.save("kernels", {"environment": record.environment("triton"), "measured": measured}, text)
-    if arguments.tune:
-        tune(arguments.tune)
+        record.save("gpu", {"environment": record.environment("triton"), "measured": measured}, text)
 
 
 def _table(rows: list[Row]) -> str:
