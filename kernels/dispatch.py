@@ -75,6 +75,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "sparsegpt_block:solve_block_torch"),
     ),
     "matmul24": (
+        Implementation(
+            "gluon",
+            "sparse24_gluon:matmul24",
+            eligibility.mma_sp,
+            eligibility.decode_mma_sp,
+            partial(eligibility.measured, "matmul24_gluon"),
+        ),
         _triton("matmul24", "sparse24_triton:matmul24", eligibility.matmul24),
         Implementation("torch", "sparse24:matmul24_torch"),
     ),

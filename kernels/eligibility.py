@@ -69,6 +69,14 @@ def triton(device: torch.device) -> str | None:
     return f"triton kernels need a CUDA device or TRITON_INTERPRET=1, and the tensors are on {device.type}"
 
 
+def mma_sp(device: torch.device) -> str | None:
+    """Sparse tensor cores, which Gluon reaches; it has no interpreter."""
+    if triton_version() is None or device.type != "cuda" or interpreted():
+        return triton(device) or "Gluon kernels have no interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} has no sparse tensor cores"
+
+
 def measured(kernel: str, *operands: torch.Tensor) -> str | None:
     """A kernel runs by itself only on a GPU where it was found to be right and faster than torch."""
     if interpreted():
@@ -131,6 +139,17 @@ def packed24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
 
 def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
     return _inputs(x_TI, values_OV) or packed24(values_OV, metadata_OB)
+
+
+def decode_mma_sp(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+    outputs, inputs = len(values_OV), values_OV.shape[1] * 2
+    if outputs % 16:
+        return f"{outputs} outputs are no multiple of 16"
+    if inputs % 64:
+        return f"{inputs} inputs are no multiple of 64"
+    if x_TI.stride(0) % 2 or x_TI.storage_offset() % 2:
+        return "pairs of inputs are not aligned"
+    return matmul24(x_TI, values_OV, metadata_OB)
 
 
 # Bitmask matrices.

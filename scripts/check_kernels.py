@@ -28,15 +28,18 @@ os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="check_kernels
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
 import record
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from llmprune.kernels import (
     bitmask_triton,
     gram_triton,
     moments_triton,
+    sparse24_gluon,
     sparse24_triton,
     sparsegpt_block_triton,
     tuned,
@@ -52,13 +55,17 @@ OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel with the types of its arguments; all but `scalars` are taken as divisible by 16, as they are in use."""
+    """A kernel with the types of its arguments; all but `scalars` are taken as divisible by 16, as they are in use.
+
+    `opcode`: a pattern that one instruction must match, "" for none.
+    """
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     scalars: tuple[str, ...] = ("tokens",)
-    tensor_cores: bool = True
+    opcode: str = TENSOR_CORES
+    source: Any = ASTSource
 
 
 PRODUCT = {"x_ptr": "*bf16", "y_ptr": "*fp32", "tokens": "i32", "outputs": "i32", "inputs": "i32", "x_stride": "i32"}
@@ -87,18 +94,29 @@ CASES: dict[str, dict[str, Case]] = {
                 "x_ptr": "*bf16",
                 **dict.fromkeys(("tokens", "width", "x_stride"), "i32"),
             },
-            tensor_cores=False,
+            opcode="",
         )
     },
     "sparsegpt_block": {
-        "2:4": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 4, "PRUNE": 2}, tensor_cores=False),
-        "4:8": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 8, "PRUNE": 4}, tensor_cores=False),
-        "mask": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 1, "PRUNE": 1}, tensor_cores=False),
+        "2:4": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 4, "PRUNE": 2}, opcode=""),
+        "4:8": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 8, "PRUNE": 4}, opcode=""),
+        "mask": Case(SOLVER, SOLVE, {"BLOCK_B": 128, "GROUP": 1, "PRUNE": 1}, opcode=""),
     },
     "matmul24": {
         "bf16": Case(
             sparse24_triton.matmul24_kernel, {**PRODUCT, "pairs_ptr": "*i32", "words_ptr": "*i32"}, {"EVEN": True}
         )
+    },
+    "matmul24_gluon": {
+        f"{short} {blocks * 8} tokens": Case(
+            sparse24_gluon.matmul24_kernel,
+            {**PRODUCT, "x_ptr": "*i32", "y_ptr": f"*{short}", "pairs_ptr": "*i32", "words_ptr": "*i64"},
+            {"ASM": sparse24_gluon.ASM[dtype], "BLOCKS": blocks},
+            opcode=r"HMMA\.SP",
+            source=GluonASTSource,
+        )
+        for dtype, short in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+        for blocks in (1, 2, 8)
     },
     "unpack24": {
         "16 bits": Case(
@@ -110,7 +128,7 @@ CASES: dict[str, dict[str, Case]] = {
                 "inputs": "i32",
             },
             {"EVEN": True},
-            tensor_cores=False,
+            opcode="",
         )
     },
     "matmul_bitmask": {
@@ -151,7 +169,7 @@ def compile_for(case: Case, launch: dict[str, int], chip: int) -> Any:
     constants = {name: given[name] for name in names if name in given}
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
     aligned = [name for name in names if name not in constants and name not in case.scalars]
-    source = ASTSource(
+    source = case.source(
         fn=case.kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
@@ -161,7 +179,7 @@ def compile_for(case: Case, launch: dict[str, int], chip: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 
-def examine(compiled: Any) -> dict[str, Any]:
+def examine(case: Case, compiled: Any) -> dict[str, Any]:
     """Registers, shared memory, spills, tensor-core instructions and the longest innermost loop of the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -188,7 +206,7 @@ def examine(compiled: Any) -> dict[str, Any]:
         "registers": int(registers[1]) if registers else 0,
         "shared": compiled.metadata.shared,
         "spills": names["LDL"] + names["STL"],
-        "tensor_cores": sum(count for name, count in names.items() if re.match(TENSOR_CORES, name)),
+        "tensor_cores": sum(bool(re.match(case.opcode or TENSOR_CORES, name)) for _, name, _ in code),
         "loop": longest,
     }
 
@@ -199,8 +217,8 @@ def faults(case: Case, chip: int, row: dict[str, Any], ceiling: int | None) -> l
         found.append(f"{row['spills']} spills")
     if row["shared"] > CHIPS[chip]:
         found.append(f"more shared memory than the {CHIPS[chip]} bytes of the chip")
-    if case.tensor_cores and not row["tensor_cores"]:
-        found.append("no tensor-core instruction")
+    if case.opcode and not row["tensor_cores"]:
+        found.append(f"no instruction {case.opcode}")
     if ceiling and row["loop"] > SLACK * ceiling:
         found.append(f"loop longer than the recorded {ceiling}")
     return found
@@ -218,7 +236,7 @@ def main() -> None:
         shape = " ".join(f"{key}={value}" for key, value in launch.items())
         for chip in arguments.chips:
             label = f"{name} {variant} sm_{chip} {shape}"
-            rows[label] = examine(compile_for(case, launch, chip))
+            rows[label] = examine(case, compile_for(case, launch, chip))
             wrong = faults(case, chip, rows[label], before.get(label, {}).get("loop"))
             bad += bool(wrong)
             print(label, rows[label], *(f"!! {one}" for one in wrong), flush=True)
