@@ -1,6 +1,6 @@
 """Product with a bitmask matrix in Triton. Layout of the operands: `bitmask.py`."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any

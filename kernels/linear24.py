@@ -38,7 +38,7 @@ class SparseLinear24(nn.Module):
         return unpack24(self.values, self.metadata)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y_TO = matmul24(x.reshape(-1, self.in_features), self.values, self.metadata)
+        y_TO: torch.Tensor = matmul24(x.reshape(-1, self.in_features), self.values, self.metadata)
         y = y_TO.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 

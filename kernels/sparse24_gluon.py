@@ -6,7 +6,8 @@ consecutive groups 4c ... 4c + 3 of a step of 64 columns, one load of 16 bytes a
 place u of instruction h. `tests/support/mma.py` emulates this, register by register.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code=assignment
 from __future__ import annotations
 
 from typing import Any

@@ -1,6 +1,6 @@
 """2:4 kernels in Triton. Layout and meaning of the operands: `sparse24.py`."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any
@@ -130,4 +130,4 @@ def unpack24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor
 
 def _even(outputs: int, inputs: int, launch: dict[str, Any]) -> bool:
     """Whether the blocks fill the matrix, so that loads of it need no mask."""
-    return outputs % launch["BLOCK_O"] == 0 and inputs % (32 * launch["WORDS"]) == 0
+    return bool(outputs % launch["BLOCK_O"] == 0 and inputs % (32 * launch["WORDS"]) == 0)

@@ -1,6 +1,6 @@
 """The column sweep of SparseGPT inside one block, in Triton: the block stays in registers from first to last column."""
 
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 from __future__ import annotations
 
 from typing import Any
