@@ -103,7 +103,7 @@ def choose(operation: str, *operands: Any) -> Implementation:
     """
     asked = _asked(os.environ.get(VARIABLE, "")).get(operation)
     device = operands[0].device
-    passed_over = {}
+    passed_over: dict[str, str] = {}
     for one in TABLE[operation]:
         if asked is not None and one.name != asked:
             continue
