@@ -1,4 +1,4 @@
-"""Gram update: `G += X'X`, lower triangle only, accumulated in float32."""
+"""Gram update: `G += X'X`, lower triangle only, and products of two inputs, accumulated in float32."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def _add_stripes(lower_II: torch.Tensor, x_TI: torch.Tensor) -> None:
         for start in range(0, width, stripe):
             end = min(start + stripe, width)
             lower_II[start:, start:end].addmm_(rows_TI[:, start:].T, rows_TI[:, start:end])
+
+
+def cross_update_(cross_II: torch.Tensor, y_TI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+    """Add `y_TI' x_TI` to `cross_II` (float32, in place); both of any float dtype, T x I."""
+    for y_rows_TI, x_rows_TI in zip(y_TI.split(ROWS), x_TI.split(ROWS), strict=True):
+        y_IT, x_IT = y_rows_TI.float().T, x_rows_TI.float().T
+        if use_onednn(y_IT, x_IT):
+            y_IT, x_IT = y_IT.contiguous(), x_IT.contiguous()
+        cross_II.add_(product_nt(y_IT, x_IT))
+    return cross_II

@@ -45,8 +45,32 @@ class FastLinear(TorchFunctionMode):
             plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32
             matrix = plain and x.dim() > 1 and x.numel() and weight_OI.is_contiguous()
             if matrix and use_onednn(x.reshape(-1, x.shape[-1]), weight_OI):
+                if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+                    return _Linear.apply(x, weight_OI, bias)
                 return _onednn(x, weight_OI, bias)
         return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """`F.linear` whose three products go where `product_nt` goes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return _onednn(x, weight_OI, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        grad_TO = grads[0].reshape(-1, len(weight_OI))
+        for_x = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = product_nt(grad_TO, weight_OI.T).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            for_weight = product_nt(grad_TO.T, x.reshape(-1, x.shape[-1]).T)
+        if ctx.needs_input_grad[2]:
+            for_bias = grad_TO.sum(0)
+        return for_x, for_weight, for_bias
 
 
 def _dense(matrix: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
-from llmprune.methods import make_method
+from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import allocate, select_matrices
 from llmprune.progress import Reporter
@@ -46,7 +46,8 @@ class Job:
         recipe.budget()
         self.recipe = recipe
         self._kernels: dict[str, Any] = {}
-        self.method = make_method(recipe.method, recipe.options)
+        self.method = method_of(recipe)
+        self._epochs = epochs_of(recipe)
         self._allocator = allocator(recipe.allocation)
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)
@@ -97,7 +98,7 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter)
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs)
         done = weights.done()
         if done:
             reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
@@ -249,6 +250,7 @@ class Job:
             "calibration": self._describe_calibration(),
             "layout": "plain",
             "tensors": tensors,
+            "layers": [{"name": unit.name, "fit": weights.records[unit.name]["fit"]} for unit in self.plan.units],
             "left_alone": left_alone,
             "totals": {
                 "params_before": params,

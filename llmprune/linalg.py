@@ -62,6 +62,37 @@ def _ladder(damping: float) -> list[tuple[float, torch.dtype]]:
     return rungs
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """A Gram matrix brought to unit diagonal, and damped: `matrix_II = G / (d d') + damping * I`, d = sqrt(diag G).
+
+    Weights enter as `W * scale_I`, in which all inputs weigh alike, so that a few massive activations
+    do not set the damping of all others. `scale_I` is 1 for an input that was never active.
+    """
+
+    matrix_II: torch.Tensor
+    scale_I: torch.Tensor
+
+
+def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
+    """Unit-diagonal form of a Gram matrix of which the lower triangle is valid."""
+    scale_I = gram_lower_II.diagonal().sqrt()
+    scale_I = torch.where(scale_I > 0, scale_I, 1.0)
+    lower_II = (gram_lower_II / scale_I[:, None] / scale_I).tril_(-1)
+    matrix_II = lower_II + lower_II.T
+    matrix_II.diagonal().copy_((gram_lower_II.diagonal() > 0) + damping)
+    return Scaled(matrix_II, scale_I)
+
+
+def inverse(matrix_II: torch.Tensor, shift: float) -> torch.Tensor:
+    """Inverse of `matrix_II + shift * I`, symmetric positive definite; float64 if float32 fails, else RunError."""
+    for dtype in (torch.float32, torch.float64):
+        lower_II, info = torch.linalg.cholesky_ex(matrix_II.to(dtype) + shift * torch.eye(len(matrix_II), dtype=dtype))
+        if int(info) == 0:
+            return torch.cholesky_inverse(lower_II).float()
+    raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")
+
+
 def output_energy(weight_OI: torch.Tensor, gram_lower_II: torch.Tensor) -> float:
     """tr(W G W'), the squared norm of the outputs of W, from the lower triangle of G.
 

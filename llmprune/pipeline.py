@@ -12,13 +12,15 @@ from torch import nn
 
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
+from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy
 from llmprune.memory import give_back
 from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.statistics import Stats
+from llmprune.statistics import DRIFT, Stats
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
@@ -28,9 +30,16 @@ UNUSED = "no calibration token passed through it"
 class Pruning:
     """One run over a model: the engine calls it at every unit (see `engine.schedule.Work`)."""
 
-    def __init__(self, plan: Plan, recipe: Recipe, method: Method, weights: Weights, reporter: Reporter) -> None:
+    def __init__(
+        self, plan: Plan, recipe: Recipe, method: Method, weights: Weights, reporter: Reporter, epochs: int = 0
+    ) -> None:
         self.kinds = method.needs
         self.all_experts = recipe.calibration.all_experts
+        self.reconstructs = epochs > 0
+        self._epochs = epochs
+        self._fits: dict[str, float] | None = None
+        by_default = "module" if DRIFT in method.needs or self.reconstructs else "layer"
+        self.schedule = by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter = weights, reporter
         self._finished = weights.done() & {unit.name for unit in plan.units}
@@ -47,7 +56,7 @@ class Pruning:
 
     def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
         """Prune with calibration: drive `batches` through the model by the recipe's schedule."""
-        schedule.run(model, self._plan.units, batches, self._recipe.engine.schedule, self)
+        schedule.run(model, self._plan.units, batches, self.schedule, self)
 
     def run_without_data(self) -> None:
         """Prune unit by unit, for a method that needs no statistics."""
@@ -66,6 +75,12 @@ class Pruning:
             self._weights.load(unit)
             self._loaded.add(unit.name)
 
+    def enter_dense(self, unit: Unit) -> None:
+        if unit.name in self._finished:
+            self._weights.load(unit, dense=True)
+        else:
+            self.enter(unit)
+
     def wanted(self, unit: Unit) -> set[str]:
         return self._wanted[unit.name]
 
@@ -78,15 +93,32 @@ class Pruning:
                     # taken out, so that the last matrix that shares these statistics frees them
                     self._prune(unit, spec, stats.pop(spec.name))
 
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+        """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
+        stored = {row.name.partition("[")[0]: None for row in self._outcomes}
+        parameters = {
+            name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
+        }
+        kept = {name: one != 0 for name, one in parameters.items()}
+        start = {name: one.float() for name, one in parameters.items()}
+        found, before, after = reconstruct(
+            unit.module, start, kept, calls, targets, epochs=self._epochs, seed=self._recipe.seed
+        )
+        for name, one in parameters.items():
+            dtype = self._weights.storage_dtype(unit.prefix + name)
+            one.copy_(found[name].to(dtype).masked_fill(~kept[name], 0))
+        self._fits = {"before": before, "after": after}
+        self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
+
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:
             return
         for spec in self._open(unit):
             self._unreached(unit, spec)
         rows = [dataclasses.asdict(one) for one in self._outcomes]
-        record = {"tensors": rows, "seconds": self._seconds, "left_alone": self._left_alone}
+        record = {"tensors": rows, "seconds": self._seconds, "left_alone": self._left_alone, "fit": self._fits}
         self._weights.commit(unit, record)
-        self._outcomes, self._seconds, self._left_alone = [], {}, {}
+        self._outcomes, self._seconds, self._left_alone, self._fits = [], {}, {}, None
         self._finished.add(unit.name)
         give_back()
 

@@ -45,7 +45,9 @@ class Calibration(_Strict):
 class Engine(_Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
-    schedule: Literal["layer", "module"] = "layer"
+    schedule: Literal["auto", "layer", "module"] = Field(
+        default="auto", description="module where the dense model runs beside (retarget), else layer"
+    )
     batch_size: int = Field(default=8, ge=1)
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -70,8 +72,16 @@ class Recipe(_Strict):
     model: str = ""
     method: str = "sparsegpt"
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
+    refine: str | None = Field(default=None, description="how the mask is improved: swaps, or none")
+    update: str | None = Field(default=None, description="weights for the final mask: least-squares, or none")
+    retarget: float | None = Field(
+        default=None, ge=0, le=1, description="how far to aim at the dense model's outputs, 0 to 1"
+    )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    reconstruct: int | None = Field(
+        default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
+    )
     allocation: str = "uniform"
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from llmprune.kernels.gram import gram_update_
+from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
-KINDS = frozenset({GRAM, MOMENTS})
+DRIFT = "drift"  # (X_dense - X)'X, I x I: how the inputs moved because earlier matrices were pruned
+KINDS = frozenset({GRAM, MOMENTS, DRIFT})
 
 
 class Stats:
@@ -30,11 +31,21 @@ class Stats:
         self.tokens = 0
         self._lower_II = torch.zeros(width, width, device=device) if GRAM in kinds else None
         self._moments = Moments(width, device) if MOMENTS in kinds else None
+        self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
+        self.paired = DRIFT in kinds
         self._derived: dict[Hashable, Any] = {}
 
-    def update(self, x_TI: torch.Tensor) -> None:
-        """Add tokens. `x_TI`: any float dtype, T x width."""
+    def update(self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None = None) -> None:
+        """Add tokens. `x_TI`: any float dtype, T x width; `dense_TI`: the same tokens in the dense model.
+
+        Where the dense model's tokens are missing or cannot be paired, drift is given up (`paired` turns False).
+        """
         self._derived.clear()
+        if self._drift_II is not None:
+            if dense_TI is None or dense_TI.shape != x_TI.shape:
+                self.paired = False
+            else:
+                cross_update_(self._drift_II, dense_TI.float() - x_TI.float(), x_TI)
         self.tokens += x_TI.shape[0]
         if self._lower_II is not None:
             gram_update_(self._lower_II, x_TI)
@@ -57,6 +68,13 @@ class Stats:
     @property
     def has_gram(self) -> bool:
         return self._lower_II is not None
+
+    @property
+    def drift_II(self) -> torch.Tensor:
+        """(X_dense - X)'X: row i belongs to feature i of the dense model's input, column j to this one's."""
+        if self._drift_II is None:
+            raise ValueError("this statistics object holds no drift: the method must name it in `needs`")
+        return self._drift_II
 
     @property
     def square_sums_I(self) -> torch.Tensor:

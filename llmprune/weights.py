@@ -22,8 +22,8 @@ REST = "rest"
 class Weights(Protocol):
     """Access to a model's weights, a unit at a time."""
 
-    def load(self, unit: Unit) -> None:
-        """Make the parameters of `unit` usable."""
+    def load(self, unit: Unit, *, dense: bool = False) -> None:
+        """Make the parameters of `unit` usable: the finished ones if there are, unless the `dense` are asked for."""
 
     def free(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""
@@ -45,7 +45,7 @@ class Resident:
         self._model = model
         self.records: dict[str, dict[str, Any]] = {}
 
-    def load(self, unit: Unit) -> None:
+    def load(self, unit: Unit, *, dense: bool = False) -> None:
         pass
 
     def free(self, unit: Unit) -> None:
@@ -96,10 +96,11 @@ class Streamed:
         """Tensors of the checkpoint that the model does not use; they are carried over as they are."""
         return self._routing.unused
 
-    def load(self, unit: Unit) -> None:
+    def load(self, unit: Unit, *, dense: bool = False) -> None:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
-        overlay = self._output.written(unit.name) if self._output and unit.name in self.done() else None
+        finished = self._output is not None and unit.name in self.done() and not dense
+        overlay = self._output.written(unit.name) if self._output is not None and finished else None
         self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
 
     def free(self, unit: Unit) -> None:

@@ -160,7 +160,7 @@ def test_killed_at_a_random_moment(whole: Path, tmp_path: Path, seed: int) -> No
     resumes(out, whole)
 
 
-@pytest.mark.parametrize("options", [("--schedule", "module"), ("--method", "magnitude")])
+@pytest.mark.parametrize("options", [("--schedule", "module"), ("--method", "magnitude"), ("--method", "auto")])
 def test_killed_in_other_modes(tmp_path: Path, options: tuple[str, str]) -> None:
     (tmp_path / "whole").mkdir()
     whole = tmp_path / "whole" / "out"

@@ -37,6 +37,7 @@ class Watching:
     """Work that changes no weight: keeps the statistics, and the order in which it was called."""
 
     kinds = frozenset({GRAM})
+    reconstructs = False
 
     def __init__(self, units: list[Unit], *, all_experts: bool) -> None:
         self.all_experts = all_experts

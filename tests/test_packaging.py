@@ -30,6 +30,7 @@ LAYERS = {
     "calibration": 2,
     "engine": 2,
     "progress": 2,
+    "solvers": 2,
     "weights": 2,
     "allocation": 3,
     "methods": 3,

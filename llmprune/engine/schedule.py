@@ -12,13 +12,16 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.collect import Collector
+from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
-from llmprune.engine.suspend import DONE, Stop, Suspended
-from llmprune.statistics import Stats
+from llmprune.engine.reconstruct import first_tensor
+from llmprune.engine.suspend import DONE, Call, Stop, Suspended
+from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
 SCHEDULES = ("layer", "module")
@@ -29,15 +32,22 @@ class Work(Protocol):
 
     kinds: frozenset[str]
     all_experts: bool
+    reconstructs: bool
 
     def enter(self, unit: Unit) -> None:
         """The batches stand before `unit`: its weights must be there when this returns."""
+
+    def enter_dense(self, unit: Unit) -> None:
+        """As `enter`, but with the dense weights, even if the unit is finished."""
 
     def wanted(self, unit: Unit) -> set[str]:
         """Names of the matrices of `unit` that are still to be solved."""
 
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         """Prune the matrices whose statistics are given; uses the dict up."""
+
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs."""
 
     def finish(self, unit: Unit) -> None:
         """Nothing more will be measured in `unit`."""
@@ -51,108 +61,150 @@ class Work(Protocol):
 
 def run(model: nn.Module, units: list[Unit], batches: list[Any], schedule: str, work: Work) -> None:
     """Drive `batches` (keyword arguments of the model) through the model, calling `work` at every unit."""
-    suspended = Suspended(lambda batch: model(**batch, use_cache=False), batches)
-    step = _by_layer if schedule == "layer" else _by_module
-    with suspended, _stops_at(units, suspended):
-        step({unit.name: unit for unit in units}, suspended, work)
+
+    def forwards() -> Suspended:
+        return Suspended(lambda batch: model(**batch, use_cache=False), batches)
+
+    beside = DRIFT in work.kinds or work.reconstructs
+    with contextlib.ExitStack() as stack:
+        suspended = stack.enter_context(forwards())
+        dense = DenseStream(stack.enter_context(forwards())) if beside else None
+        stack.enter_context(_stops_at(units, suspended))
+        if work.reconstructs:
+            stack.enter_context(_stops_at_exits(units, suspended))
+        _Course(units, suspended, dense, work, by_module=schedule == "module").run()
     if not work.complete():
         missed = [unit.name for unit in units if work.wanted(unit)]
         raise RunError(f"the forward pass never reached {', '.join(missed) or 'some layers'}")
 
 
-def _by_layer(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
-    suspended.start()
-    while (stop := suspended.place()) is not DONE:
-        unit = units[stop.name]
-        if stop.kind == "unit":
-            work.enter(unit)
-            if work.wanted(unit):
-                _measure_and_solve(unit, unit.module, work.wanted(unit), suspended, work)
-            work.finish(unit)
-        if work.complete():
-            return
-        suspended.advance()
-        if stop.kind == "unit":
-            work.leave(unit)
+class _Course:
+    """The way of all batches through the model, and what is done at each of their stops."""
 
+    def __init__(
+        self, units: list[Unit], suspended: Suspended, dense: DenseStream | None, work: Work, *, by_module: bool
+    ) -> None:
+        self._units = {unit.name: unit for unit in units}
+        self._suspended, self._dense, self._work = suspended, dense, work
+        self._observe = Observe({}, self._see) if by_module else None
+        self._blocks = contextlib.ExitStack()
+        self._inside_blocks: set[str] = set()
+        self._unit: Unit | None = None  # None while the dense stream moves, which no product may stop
+        self._inputs: list[Inputs] | None = None
+        self._fresh = False  # the unit is being solved in this run and not yet finished
+        self._last: Solved | None = None
 
-def _by_module(units: dict[str, Unit], suspended: Suspended, work: Work) -> None:
-    """As `_by_layer`, with stops at the products and expert blocks inside the current unit."""
-    current: Unit | None = None
-    inside_blocks: set[str] = set()
+    def run(self) -> None:
+        """From start to end, or until every unit is finished."""
+        # forwards end inside the mode in which they were suspended
+        with self._observe or contextlib.nullcontext(), contextlib.closing(self._suspended), self._blocks:
+            if self._dense is not None:
+                self._dense.start()
+            self._suspended.start()
+            while (stop := self._suspended.place()) is not DONE:
+                again = False
+                if stop.kind in ("unit", "end"):
+                    self._depart()
+                    if stop.kind == "unit" and not self._work.complete():
+                        self._arrive(self._units[stop.name])
+                elif stop.kind == "exit":
+                    again = self._fit()
+                elif stop.kind == "block":
+                    self._solve_block(stop.name)
+                else:
+                    self._solve_product(stop.name)
+                if self._unit is not None and not self._work.reconstructs and not self._work.wanted(self._unit):
+                    self._finish()
+                if self._work.complete():
+                    return
+                self._suspended.advance(again=again)
 
-    def see(products: list[Product]) -> None:
-        if current is None or not suspended.inside():
+    def _arrive(self, unit: Unit) -> None:
+        """Bring the weights of `unit` in, after the dense stream has passed through them."""
+        if self._dense is not None:
+            self._work.enter_dense(unit)
+            self._inputs = self._dense.through(unit, _parameters(unit, self._work.wanted(unit)))
+        self._work.enter(unit)
+        wanted = self._work.wanted(unit)
+        self._unit, self._last, self._fresh = unit, None, bool(wanted)
+        if self._observe is not None:
+            self._observe.watch(_parameters(unit, wanted))
+            self._inside_blocks = _stop_at_blocks(unit, self._suspended, self._blocks)
+        elif wanted:
+            self._measure_and_solve(unit.module, wanted)
+            if not self._work.reconstructs:
+                self._finish()
+
+    def _depart(self) -> None:
+        """All batches have passed the current unit."""
+        if self._unit is not None:
+            self._finish()
+            self._work.leave(self._unit)
+            self._blocks.close()
+        self._unit, self._inputs = None, None
+
+    def _finish(self) -> None:
+        assert self._unit is not None
+        self._work.finish(self._unit)
+        self._fresh = False
+
+    def _fit(self) -> bool:
+        """At the exit of a unit: fit it to the dense outputs; whether it must be run again, with its new weights."""
+        assert self._unit is not None
+        if not self._fresh:
+            return False
+        assert self._inputs is not None
+        self._blocks.close()
+        calls = [(call, first_tensor(output)) for call, output in self._suspended.payloads()]
+        targets = [one.output for one in self._inputs if one.output is not None]
+        self._work.reconstruct(self._unit, calls, targets)
+        self._finish()
+        self._inputs = None
+        return True
+
+    def _see(self, products: list[Product]) -> None:
+        if self._unit is None or self._observe is None or not self._suspended.inside():
             return
         for product in products:
-            if product.parameter not in inside_blocks and product.name in work.wanted(current):
+            if product.parameter not in self._inside_blocks and product.name in self._work.wanted(self._unit):
                 # a mode is off inside its own handler; on again, every coroutine finds the same stack
-                with observe:
-                    suspended.pause(Stop("product", product.name, product))
+                with self._observe:
+                    self._suspended.pause(Stop("product", product.name, product))
 
-    observe = Observe({}, see)
-    last: Solved | None = None
-    # forwards end inside the mode in which they were suspended
-    with observe, contextlib.closing(suspended), contextlib.ExitStack() as blocks:
-        suspended.start()
-        while (stop := suspended.place()) is not DONE:
-            if stop.kind in ("unit", "end"):
-                if current is not None:
-                    work.finish(current)
-                    work.leave(current)
-                    blocks.close()
-                if work.complete():
-                    return
-                current = units[stop.name] if stop.kind == "unit" else None
-                if current is not None:
-                    work.enter(current)
-                    observe.watch(_parameters(current, work.wanted(current)))
-                    inside_blocks = _stop_at_blocks(current, suspended, blocks)
-                last = None
-            elif stop.kind == "block":
-                assert current is not None
-                block = current.module.get_submodule(stop.name)
-                wanted = {
-                    name
-                    for name in work.wanted(current)
-                    if name.partition("[")[0].startswith(f"{current.prefix}{stop.name}.")
-                }
-                _measure_and_solve(current, block, wanted, suspended, work)
-            else:
-                assert current is not None
-                last = _solve_product(current, stop.name, suspended, work, last)
-            if current is not None and not work.wanted(current):
-                work.finish(current)
-                if work.complete():
-                    return
-            suspended.advance()
+    def _solve_block(self, path: str) -> None:
+        """Within an expert block the batches' orders differ: it is measured as a whole, then solved."""
+        assert self._unit is not None
+        prefix = f"{self._unit.prefix}{path}."
+        wanted = {name for name in self._work.wanted(self._unit) if name.partition("[")[0].startswith(prefix)}
+        if wanted:
+            self._measure_and_solve(self._unit.module.get_submodule(path), wanted)
 
+    def _measure_and_solve(self, module: nn.Module, wanted: set[str]) -> None:
+        """Run `module` of the unit on what the batches hold before it, and solve the `wanted` matrices in it."""
+        assert self._unit is not None
+        collector = Collector(_parameters(self._unit, wanted), self._work.kinds)
+        payloads = self._suspended.payloads()
+        collector.run(module, payloads, all_experts=self._work.all_experts, dense=self._inputs)
+        self._work.solve(self._unit, collector.stats, collector.transposed)
 
-def _measure_and_solve(unit: Unit, module: nn.Module, wanted: set[str], suspended: Suspended, work: Work) -> None:
-    """Run `module` of `unit` on what the batches hold before it, and solve the `wanted` matrices in it."""
-    collector = Collector(_parameters(unit, wanted), work.kinds)
-    collector.run(module, suspended.payloads(), all_experts=work.all_experts)
-    work.solve(unit, collector.stats, collector.transposed)
+    def _solve_product(self, name: str) -> None:
+        """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
+        assert self._unit is not None
+        products: list[Product] = list(self._suspended.payloads())
+        keys = [input_key(product.x_TI) for product in products]
+        if self._last is not None and keys == self._last[2]:
+            collector = self._last[0]
+            collector.stats[name] = next(iter(collector.stats.values()))
+        else:
+            collector = Collector({}, self._work.kinds)
+            for number, product in enumerate(products):
+                collector.add(product, number, self._inputs[number] if self._inputs is not None else None)
+        self._work.solve(self._unit, {name: collector.stats[name]}, {name: products[0].transposed})
+        self._last = (collector, products, keys)
 
 
 # A collector, and the products that it took in with the keys that their inputs had.
 Solved = tuple[Collector, list[Product], list[InputKey]]
-
-
-def _solve_product(unit: Unit, name: str, suspended: Suspended, work: Work, last: Solved | None) -> Solved:
-    """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
-    products: list[Product] = list(suspended.payloads())
-    keys = [input_key(product.x_TI) for product in products]
-    if last is not None and keys == last[2]:
-        stats = next(iter(last[0].stats.values()))
-        last[0].stats[name] = stats
-        collector = last[0]
-    else:
-        collector = Collector({}, work.kinds)
-        for number, product in enumerate(products):
-            collector.add(product, number)
-    work.solve(unit, {name: collector.stats[name]}, {name: products[0].transposed})
-    return collector, products, keys
 
 
 def _parameter(unit: Unit, name: str) -> nn.Parameter:
@@ -184,6 +236,28 @@ def _stops_at(units: list[Unit], suspended: Suspended) -> Iterator[None]:
             stack.callback(handle.remove)
         stack.callback(units[-1].module.register_forward_hook(exit_of_last).remove)
         yield
+
+
+@contextlib.contextmanager
+def _stops_at_exits(units: list[Unit], suspended: Suspended) -> Iterator[None]:
+    """Suspend forwards where they leave a unit, with its call and output; on demand they run through it again."""
+
+    def repeating(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            while True:
+                output = forward(*args, **kwargs)
+                if not suspended.inside() or not suspended.pause(Stop("exit", name, ((args, kwargs), output))):
+                    return output
+
+        return run
+
+    for unit in units:
+        unit.module.forward = repeating(unit.name, unit.module.forward)
+    try:
+        yield
+    finally:
+        for unit in units:
+            del unit.module.forward
 
 
 def _stop_at_blocks(unit: Unit, suspended: Suspended, stack: contextlib.ExitStack) -> set[str]:

@@ -16,6 +16,9 @@ import greenlet
 
 from llmprune.types import RunError
 
+# Arguments of a module, as its forward hook saw them.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class Stop:
@@ -51,20 +54,27 @@ class Suspended:
         """Whether the caller runs inside one of the suspended forwards, not in the engine."""
         return greenlet.getcurrent() is not self._engine
 
-    def pause(self, stop: Stop) -> None:
-        """Called from inside a forward: give control to the engine until it goes on."""
-        self._engine.switch(stop)
+    def pause(self, stop: Stop) -> bool:
+        """Called from inside a forward: give control to the engine until it goes on; whether to do this part again."""
+        again: bool = self._engine.switch(stop)
+        return again
 
     def start(self) -> None:
         """Run every batch to its first stop."""
         self.stops = [job.switch(batch) for job, batch in zip(self._jobs, self._batches, strict=True)]
 
-    def advance(self) -> None:
-        """Run every batch from where it stands to its next stop."""
+    def advance(self, *, again: bool = False) -> None:
+        """Run every batch from where it stands to its next stop; `again`: from an exit, through its unit anew."""
+        for _ in self.advance_each(again=again):
+            pass
+
+    def advance_each(self, *, again: bool = False) -> Iterator[int]:
+        """`advance`, yielding the number of each batch just before it moves."""
         for number, job in enumerate(self._jobs):
+            yield number
             # one at a time, so that what a batch held at its old stop is freed before the next one moves
             self.stops[number] = DONE
-            self.stops[number] = job.switch()
+            self.stops[number] = job.switch(again)
 
     def place(self) -> Stop:
         """Where the batches stand. They must agree: a model whose order depends on the data cannot be suspended."""

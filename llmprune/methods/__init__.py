@@ -4,16 +4,54 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
-from llmprune.recipe import nearest
+from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
+from llmprune.recipe import Recipe, nearest
 from llmprune.types import Method, UserError
 
 METHODS = {
     "magnitude": "llmprune.methods.weight.magnitude:Magnitude",
     "wanda": "llmprune.methods.weight.wanda:Wanda",
     "sparsegpt": "llmprune.methods.weight.sparsegpt:SparseGPT",
+    "admm": "llmprune.methods.weight.admm:Admm",
 }
+
+
+class Preset(NamedTuple):
+    """A named composition: what the recipe's keys of the same names are where it leaves them open."""
+
+    method: str
+    refine: str | None = None
+    update: str | None = None
+    retarget: float = 0.0
+    reconstruct: int = 0
+
+
+PRESETS = {
+    "auto": Preset("admm", retarget=0.75, reconstruct=2),
+}
+
+
+def epochs_of(recipe: Recipe) -> int:
+    """How often a recipe has each layer fitted to its dense output, over all batches."""
+    preset = PRESETS.get(recipe.method)
+    by_default = preset.reconstruct if preset else 0
+    return by_default if recipe.reconstruct is None else recipe.reconstruct
+
+
+def method_of(recipe: Recipe) -> Method:
+    """What a recipe asks for, steps before and after included; raises UserError."""
+    preset = PRESETS.get(recipe.method, Preset(recipe.method))
+    refine = preset.refine if recipe.refine is None else recipe.refine
+    update = preset.update if recipe.update is None else recipe.update
+    strength = preset.retarget if recipe.retarget is None else recipe.retarget
+    for key, value, known in (("refine", refine, REFINEMENTS), ("update", update, UPDATES)):
+        if value not in (None, "none", *known):
+            raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
+    method = make_method(preset.method, recipe.options)
+    refine, update = (None if one == "none" else one for one in (refine, update))
+    return Composed(method, refine, update, strength) if refine or update or strength else method
 
 
 def method_class(name: str) -> Any:

@@ -1,0 +1,251 @@
+"""The dense stream beside the pruned one: its inputs, its outputs, and what is fitted to them."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import plain
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import llmprune
+from llmprune.arch.discover import Unit, find_units
+from llmprune.checkpoint.skeleton import run_experts_one_by_one
+from llmprune.engine import schedule
+from llmprune.engine.reconstruct import RATE, WARM_UP, reconstruct
+from llmprune.engine.suspend import Call
+from llmprune.linalg import scaled
+from llmprune.solvers.retarget import retarget
+from llmprune.statistics import DRIFT, GRAM, Stats
+
+BATCHES = [{"input_ids": tiny.tokens(*shape, seed=seed)} for seed, shape in enumerate([(2, 24), (2, 24), (1, 17)])]
+SHRINK = 0.9
+PLAIN = ["llama", "gpt2", "gemma3", "qwen3", "phi3"]
+ROUTED = ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss"]
+
+
+class Shrinking:
+    """Work that multiplies every matrix by `SHRINK` instead of pruning it, or by nothing at all."""
+
+    kinds = frozenset({GRAM, DRIFT})
+    all_experts = False
+
+    def __init__(self, units: list[Unit], factor: float, *, reconstructs: bool = False) -> None:
+        self.factor, self.reconstructs = factor, reconstructs
+        self.left = {unit.name: {spec.name for spec in unit.matrices} for unit in units}
+        self.stats: dict[str, Stats] = {}
+        self.fitted: dict[str, tuple[list[tuple[Call, torch.Tensor]], list[torch.Tensor]]] = {}
+        self.finished: list[str] = []
+
+    def enter(self, unit: Unit) -> None:
+        pass
+
+    def enter_dense(self, unit: Unit) -> None:
+        pass
+
+    def wanted(self, unit: Unit) -> set[str]:
+        return self.left[unit.name]
+
+    def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
+        for spec in unit.matrices:
+            if spec.name in stats:
+                one = unit.module.get_parameter(spec.parameter.removeprefix(unit.prefix))
+                (one if spec.index is None else one[spec.index]).mul_(self.factor)
+        self.stats.update(stats)
+        self.left[unit.name] -= stats.keys()
+
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+        self.fitted[unit.name] = (calls, targets)
+
+    def finish(self, unit: Unit) -> None:
+        self.finished.append(unit.name)
+
+    def leave(self, unit: Unit) -> None:
+        pass
+
+    def complete(self) -> bool:
+        return len(set(self.finished)) == len(self.left)
+
+
+def shrink(model: PreTrainedModel, how: str, factor: float = SHRINK, *, reconstructs: bool = False) -> Shrinking:
+    units = find_units(model, head=False)
+    work = Shrinking(units, factor, reconstructs=reconstructs)
+    with torch.no_grad(), run_experts_one_by_one(model):
+        schedule.run(model, units, BATCHES, how, work)
+    return work
+
+
+def drift(dense_TI: np.ndarray, x_TI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(X_dense - X)'X in float64, and what float32 may do to it: one rounding each, then a sum of T terms."""
+    gap_TI = dense_TI - x_TI
+    return gap_TI.T @ x_TI, (len(x_TI) + 3) * plain.U * (np.abs(gap_TI).T @ np.abs(x_TI))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_drift_is_that_of_the_pruned_model(name: str) -> None:
+    model = tiny.build(name)
+    work = shrink(model, "module")
+    dense = plain.inputs(name, tiny.build(name), BATCHES)
+    pruned = plain.inputs(name, model, BATCHES)
+    moved = 0
+    for matrix, stats in work.stats.items():
+        expected_II, bound_II = drift(dense[matrix].x_TI, pruned[matrix].x_TI)
+        assert stats.paired
+        assert np.all(np.abs(stats.drift_II.double().numpy() - expected_II) <= bound_II), matrix
+        moved += bool(np.abs(expected_II).max() > 0)
+    # only what reads the input of the first layer cannot have moved
+    assert moved >= len(work.stats) - 3
+
+
+@pytest.mark.parametrize("how", ["layer", "module"])
+@pytest.mark.parametrize("name", [*PLAIN, *ROUTED, "mamba"])
+def test_nothing_drifts_where_nothing_is_pruned(name: str, how: str) -> None:
+    for matrix, stats in shrink(tiny.build(name), how, factor=1.0).stats.items():
+        assert stats.paired and not stats.drift_II.any(), matrix
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_experts_are_compared_on_the_tokens_that_the_pruned_model_sends_them(name: str) -> None:
+    model = tiny.build(name)
+    seen: dict[str, dict[str, list[tuple[torch.Tensor, ...]]]] = defaultdict(lambda: defaultdict(list))
+
+    def listen(which: str, listened: PreTrainedModel) -> None:
+        for path, module in listened.named_modules():
+            if path.endswith(".experts"):
+                module.register_forward_pre_hook(
+                    lambda _, args, path=path: seen[which][path].append(tuple(one.clone() for one in args))
+                )
+
+    work = shrink(model, "module")
+    dense = tiny.build(name)
+    listen("pruned", model)
+    listen("dense", dense)
+    plain.logits(model, BATCHES)
+    plain.logits(dense, BATCHES)
+    compared = 0
+    for path, calls in seen["pruned"].items():
+        for expert in range(tiny.EXPERTS):
+            stats = work.stats.get(f"{path}.gate_up_proj[{expert}]")
+            if stats is None:
+                continue
+            rows = [(args[1] == expert).any(1) for args in calls]
+            x_TI = torch.cat([args[0][row] for args, row in zip(calls, rows, strict=True)]).double().numpy()
+            both = zip(seen["dense"][path], rows, strict=True)
+            dense_TI = torch.cat([args[0][row] for args, row in both]).double().numpy()
+            expected_II, bound_II = drift(dense_TI, x_TI)
+            assert np.all(np.abs(stats.drift_II.double().numpy() - expected_II) <= bound_II), (path, expert)
+            compared += 1
+    assert compared
+    assert all(stats.paired for stats in work.stats.values())
+
+
+@pytest.mark.parametrize("how", ["layer", "module"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_fitting_sees_pruned_calls_and_dense_outputs(name: str, how: str) -> None:
+    model, dense = tiny.build(name), tiny.build(name)
+    outputs: dict[str, list[torch.Tensor]] = defaultdict(list)
+    entered: dict[str, list[torch.Tensor]] = defaultdict(list)
+    work = shrink(model, how, reconstructs=True)
+    for unit in find_units(dense, head=False):
+        unit.module.register_forward_hook(
+            lambda _, args, out, at=unit.name: outputs[at].append(out if isinstance(out, torch.Tensor) else out[0])
+        )
+    for unit in find_units(model, head=False):
+        unit.module.register_forward_pre_hook(lambda _, args, at=unit.name: entered[at].append(args[0]))
+    plain.logits(dense, BATCHES)
+    plain.logits(model, BATCHES)
+    assert work.fitted.keys() == work.left.keys()
+    for at, (calls, targets) in work.fitted.items():
+        assert all(torch.equal(one, other) for one, other in zip(targets, outputs[at], strict=True))
+        assert all(torch.equal(args[0], other) for ((args, _), _), other in zip(calls, entered[at], strict=True))
+    assert "forward" not in vars(find_units(model, head=False)[0].module)
+
+
+def test_retarget_solves_its_normal_equations() -> None:
+    """V (G + L) = W (X_dense'X + L), in float64; the float32 solution may miss by its condition number."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(200, 24, generator=generator)
+    dense_TI = x_TI + 0.1 * torch.randn(200, 24, generator=generator)
+    weight_OI = torch.randn(8, 24, generator=generator)
+    stats = Stats(24, frozenset({GRAM, DRIFT}))
+    stats.update(x_TI, dense_TI)
+    system = scaled(stats.gram_lower_II, 0.01)
+    found = retarget(weight_OI, stats.drift_II, system, 1.0).double().numpy()
+    x, d, w = (one.double().numpy() for one in (x_TI, dense_TI, weight_OI))
+    gram = x.T @ x
+    damped = gram + 0.01 * np.diag(np.diag(gram))
+    expected = w @ (d.T @ x + 0.01 * np.diag(np.diag(gram))) @ np.linalg.inv(damped)
+    bound = 200 * plain.U * np.linalg.cond(damped) * np.abs(expected).max()
+    assert np.abs(found - expected).max() <= bound
+    half = retarget(weight_OI, stats.drift_II, system, 0.5)
+    assert torch.allclose(half, (weight_OI + torch.from_numpy(found).float()) / 2, atol=bound)
+
+
+def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[Call], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(6, 8, generator=generator)
+    kept = torch.rand(6, 8, generator=generator) < 0.5
+    module = nn.Linear(8, 6, bias=False)
+    start = {"weight": dense * kept}
+    inputs: list[Call] = [((torch.randn(32, 8, generator=generator),), {}) for _ in range(calls)]
+    targets = [args[0] @ dense.T for args, _ in inputs]
+    now = [(call, call[0][0] @ start["weight"].T) for call in inputs]
+    found, before, after = reconstruct(module, start, {"weight": kept}, now, targets, epochs=epochs, seed=0)
+    assert after < before
+    assert not found["weight"][~kept].any()
+    return found, kept, inputs, targets
+
+
+def test_fitting_approaches_least_squares() -> None:
+    found, kept, inputs, targets = fit(epochs=150)
+    x, y = torch.cat([args[0] for args, _ in inputs]).double(), torch.cat(targets).double()
+    best = start = ours = 0.0
+    for row in range(6):
+        columns = kept[row].nonzero()[:, 0]
+        solution = torch.linalg.lstsq(x[:, columns], y[:, row]).solution
+        best += float((x[:, columns] @ solution - y[:, row]).square().sum())
+        ours += float((x @ found["weight"][row].double() - y[:, row]).square().sum())
+    dense_kept, _, _, _ = fit(epochs=1)
+    start = float((x @ dense_kept["weight"].double().T - y).square().sum())
+    assert best <= ours <= best + 0.05 * (start - best)
+
+
+def test_the_first_step_of_fitting() -> None:
+    """Adam's first step is the step length times the sign of the gradient, up to its epsilon."""
+    found, kept, inputs, targets = fit(epochs=1, calls=1)
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(6, 8, generator=generator) * kept
+    residual = inputs[0][0][0].double() @ start.double().T - targets[0].double()
+    gradient = residual.T @ inputs[0][0][0].double()
+    length = RATE * float(start[kept].square().mean().sqrt()) / WARM_UP
+    expected = start.double() - length * gradient.sign() * kept
+    assert torch.allclose(found["weight"].double(), expected, atol=1e-3 * length)
+
+
+def test_fitting_never_makes_it_worse() -> None:
+    module = nn.Linear(8, 6, bias=False)
+    weight = module.weight.detach().clone()
+    x_TI = torch.randn(16, 8, generator=torch.Generator().manual_seed(2))
+    targets = [module(x_TI).detach()]
+    calls: list[tuple[Call, torch.Tensor]] = [(((x_TI,), {}), targets[0])]
+    kept = {"weight": torch.ones(6, 8, dtype=torch.bool)}
+    found, before, after = reconstruct(module, {"weight": weight}, kept, calls, targets, epochs=3, seed=0)
+    assert after == before and torch.equal(found["weight"], weight)
+
+
+def test_auto_keeps_its_zeros_and_fits_every_layer(tmp_path: Path) -> None:
+    demo = Path(llmprune.__file__).parent / "demo" / "model"
+    settings = {"method": "auto", "pattern": "2:4", "calibration": "demo", "samples": 8, "seqlen": 64}
+    result = llmprune.prune(demo, out=tmp_path / "out", ignore="down_proj", **settings)
+    report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert report["layers"] and all(row["fit"]["after"] < row["fit"]["before"] for row in report["layers"])
+    state = result.model.state_dict()
+    for row in report["tensors"]:
+        groups = (state[row["name"]] == 0).unflatten(1, (-1, 4)).sum(-1)
+        assert bool((groups == 2).all()) and int((state[row["name"]] == 0).sum()) == row["planned"]
