@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
+from llmprune.kernels import dispatch
 from llmprune.kernels.product import product_nt, use_onednn
 
 # Enough stripes that the wasted upper parts of the diagonal blocks cost little,
@@ -20,6 +23,22 @@ def gram_update_(lower_II: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     Entries above the diagonal of `lower_II` are left undefined. Half of the matrix costs about
     half of the flops of the full product.
     """
+    dispatch.run("gram_update", lower_II, x_TI)
+    return lower_II
+
+
+def gram_updates_(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """`gram_update_` of several Gram matrices of one width, as experts have them: one launch on a GPU."""
+    if pairs:
+        dispatch.run("gram_update", *itertools.chain.from_iterable(pairs))
+
+
+def gram_update_torch_(*operands: torch.Tensor) -> None:
+    for lower_II, x_TI in zip(operands[::2], operands[1::2], strict=True):
+        _add_stripes(lower_II, x_TI)
+
+
+def _add_stripes(lower_II: torch.Tensor, x_TI: torch.Tensor) -> None:
     width = lower_II.shape[0]
     stripe = -(-width // STRIPES)
     for rows_TI in x_TI.split(ROWS):
@@ -33,7 +52,6 @@ def gram_update_(lower_II: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
         for start in range(0, width, stripe):
             end = min(start + stripe, width)
             lower_II[start:, start:end].addmm_(rows_TI[:, start:].T, rows_TI[:, start:end])
-    return lower_II
 
 
 def cross_update_(cross_II: torch.Tensor, y_TI: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from llmprune.kernels import dispatch
+
 ROWS = 8192
 
 
@@ -21,15 +23,13 @@ class Moments:
         self._deviation_I = torch.zeros(width, device=device)
 
     def update(self, x_TI: torch.Tensor) -> None:
-        """Add tokens. Cast to float32 before squaring: half-precision squares overflow above 256."""
+        """Add tokens, T x width, of any float dtype."""
         for rows_TI in x_TI.split(ROWS):
-            rows_TI = rows_TI.float()
             count = rows_TI.shape[0]
             if count == 0:
                 continue
-            self.square_sums_I += torch.linalg.vector_norm(rows_TI, dim=0).square()
-            mean_I = rows_TI.mean(0)
-            deviation_I = (rows_TI - mean_I).square().sum(0)
+            square_sums_I, mean_I, deviation_I = dispatch.run("column_moments", rows_TI)
+            self.square_sums_I += square_sums_I
             total = self.tokens + count
             gap_I = mean_I - self.mean_I
             self.mean_I += gap_I * (count / total)
@@ -39,3 +39,11 @@ class Moments:
     @property
     def variance_I(self) -> torch.Tensor:
         return self._deviation_I / max(self.tokens, 1)
+
+
+def column_moments_torch(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of every column: sum of squares, mean, and sum of squared deviations from the mean, in float32."""
+    # cast before squaring: half-precision squares overflow above 256
+    x_TI = x_TI.float()
+    mean_I = x_TI.mean(0)
+    return torch.linalg.vector_norm(x_TI, dim=0).square(), mean_I, (x_TI - mean_I).square().sum(0)

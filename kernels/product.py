@@ -1,51 +1,39 @@
-"""Float32 matrix products on CPU by the faster of torch's two libraries.
+"""Float32 products on CPU by the faster of torch's two libraries.
 
 torch sends float32 products to MKL, which on AMD processors leaves the 512-bit units unused;
 oneDNN, which torch also carries, uses them.
-The choice depends on the processor alone, never on a measurement, so that results repeat.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Smaller products than this many multiplications are not worth oneDNN's set-up.
-SMALLEST = 1 << 20
-
-
-@functools.cache
-def why_not_onednn() -> str | None:
-    """None if float32 products on this machine's CPU go to oneDNN, else the reason why torch's own are used."""
-    if os.environ.get("LLMPRUNE_KERNELS") == "torch":
-        return "LLMPRUNE_KERNELS=torch"
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return "this torch has no oneDNN"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return "no 512-bit vector units"
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists() or "AuthenticAMD" not in cpuinfo.read_text():
-        return "not an AMD processor: MKL is as fast"
-    return None
+from llmprune.kernels.dispatch import choose
 
 
 def product_nt(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     """`a_MK @ b_NK.T` in the dtype of its operands: the natural form of both libraries."""
-    if use_onednn(a_MK, b_NK):
-        return _onednn(_dense(a_MK) if a_MK.stride(1) != 1 else a_MK, _dense(b_NK), None)
+    product: torch.Tensor = choose("product", a_MK, b_NK).run(a_MK, b_NK)
+    return product
+
+
+def product_torch(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
     return a_MK @ b_NK.T
+
+
+def product_onednn(a_MK: torch.Tensor, b_NK: torch.Tensor) -> torch.Tensor:
+    if not a_MK.numel() or not b_NK.numel():
+        return a_MK @ b_NK.T  # oneDNN knows no empty product
+    return _onednn(_dense(a_MK) if a_MK.stride(1) != 1 else a_MK, _dense(b_NK), None)
 
 
 def use_onednn(a_MK: torch.Tensor, b_NK: torch.Tensor) -> bool:
     """Whether the product of these two, over K, goes to oneDNN."""
-    plain = a_MK.device.type == "cpu" and a_MK.dtype == b_NK.dtype == torch.float32
-    return plain and a_MK.shape[0] * b_NK.numel() >= SMALLEST and why_not_onednn() is None
+    return choose("product", a_MK, b_NK).name == "onednn"
 
 
 class FastLinear(TorchFunctionMode):
@@ -54,7 +42,9 @@ class FastLinear(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs:
             x, weight_OI, bias = (*args, None)[:3]
-            if x.dim() > 1 and weight_OI.is_contiguous() and use_onednn(x.reshape(-1, x.shape[-1]), weight_OI):
+            plain = x.device.type == "cpu" and x.dtype == weight_OI.dtype == torch.float32
+            matrix = plain and x.dim() > 1 and x.numel() and weight_OI.is_contiguous()
+            if matrix and use_onednn(x.reshape(-1, x.shape[-1]), weight_OI):
                 if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
                     return _Linear.apply(x, weight_OI, bias)
                 return _onednn(x, weight_OI, bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmprune import masks
+from llmprune.kernels import dispatch
 from llmprune.kernels.product import product_nt
 from llmprune.types import Budget
 
@@ -20,12 +21,19 @@ def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO:
     the increase of the damped loss. Unstructured masks are chosen for the whole block at once, N:M
     masks just before each group, both on weights that already carry the compensation.
     """
+    if not budget.pattern.structured:
+        score_BO = (current_BO / inverse_t_BB.diagonal()[:, None]).square()
+        pruned_BO.copy_(masks.select(score_BO.T, budget, by="matrix").T)
+    loss: float = dispatch.run("sparsegpt_block", current_BO, inverse_t_BB, pruned_BO, budget)
+    return loss
+
+
+def solve_block_torch(
+    current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget
+) -> float:
     width = len(current_BO)
     diagonal_B1 = inverse_t_BB.diagonal()[:, None]
     step = budget.pattern.group or STEP
-    if not budget.pattern.structured:
-        score_BO = (current_BO / diagonal_B1).square()
-        pruned_BO.copy_(masks.select(score_BO.T, budget, by="matrix").T)
     loss = 0.0
     for start in range(0, width, step):
         end = min(start + step, width)

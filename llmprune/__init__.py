@@ -15,17 +15,21 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "prune": "llmprune.api",
     "evaluate": "llmprune.api",
+    "load": "llmprune.sparse",
+    "accelerate": "llmprune.sparse",
+    "save_packed": "llmprune.sparse",
     "Result": "llmprune.result",
     "Recipe": "llmprune.recipe",
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
 }
-__all__ = ["Recipe", "Result", "RunError", "UserError", "evaluate", "prune"]
+__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "save_packed"]
 
 if TYPE_CHECKING:
     from llmprune.api import evaluate, prune
     from llmprune.recipe import Recipe
     from llmprune.result import Result
+    from llmprune.sparse import accelerate, load, save_packed
     from llmprune.types import RunError, UserError
 
 

@@ -24,7 +24,8 @@ from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_conf
 from llmprune.checkpoint.source import Checkpoint, companions, resolve
 from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
-from llmprune.kernels.product import FastLinear, why_not_onednn
+from llmprune.kernels import dispatch
+from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
@@ -44,6 +45,7 @@ class Job:
     ) -> None:
         recipe.budget()
         self.recipe = recipe
+        self._kernels: dict[str, Any] = {}
         self.method = method_of(recipe)
         self._epochs = epochs_of(recipe)
         self._allocator = allocator(recipe.allocation)
@@ -59,6 +61,7 @@ class Job:
             self.device = choose_device(recipe.engine.device)
             self.dtype = choose_dtype(recipe.engine.dtype, self.config, self.device)
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
+        dispatch.check_choice(self.device)
         self.plan = select_matrices(self.model, recipe)
         self.tokens = self._read_tokens() if self.method.needs else None
         self.output = None if out is None else Output(Path(out), self.fingerprint())
@@ -79,6 +82,7 @@ class Job:
             "tokens": self.tokens.digest() if self.tokens else None,
             "versions": versions(),
             "device": self.device.type,
+            "kernels": dispatch.fingerprint(self.device),
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
@@ -101,7 +105,7 @@ class Job:
         known = sum(s.count for u in self.plan.units if u.name in done for s in u.matrices)
         reporter.start(sum(spec.count for spec in self.plan.specs()), known)
         try:
-            with torch.no_grad(), self._prepared(weights):
+            with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
                 if isinstance(weights, Streamed) and REST not in done:
                     weights.commit_rest()
                 if self.tokens is None:
@@ -254,11 +258,11 @@ class Job:
                 "zeros": sum(row["achieved"] + row["notes"].get("zeros_beyond_plan", 0) for row in tensors),
             },
             "warnings": list(_warnings(tensors, self.tokens)),
-            "kernels": {"float32 products on CPU": why_not_onednn() or "oneDNN"},
             "verified": verified,
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
+                "kernels": self._kernels,
                 "threads": torch.get_num_threads(),
                 "processor": platform.machine(),
                 "matrix_seconds": {name: value for unit in units for name, value in unit["seconds"].items()},

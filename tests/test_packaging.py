@@ -39,6 +39,7 @@ LAYERS = {
     "pipeline": 4,
     "job": 5,
     "inspection": 5,
+    "sparse": 5,
     "eval": 6,
     "report": 6,
     "demo": 7,

@@ -19,9 +19,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "onednn" and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this torch has no oneDNN")
     if request.param != "chosen":
-        reason = None if request.param == "onednn" else "asked for torch"
-        monkeypatch.setattr(product, "why_not_onednn", lambda: reason)
-        monkeypatch.setattr(product, "SMALLEST", 1)
+        monkeypatch.setenv("LLMPRUNE_KERNELS", f"product={request.param}")
     return str(request.param)
 
 

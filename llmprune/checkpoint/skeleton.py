@@ -96,14 +96,17 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False, experts_one_by_one: bool = True
+) -> PreTrainedModel:
     """The model of `config` with parameters on the meta device, ready for inference.
 
-    Experts run one by one (the library's eager implementation), so that every product is seen.
+    `experts_one_by_one`: use the library's eager implementation of experts, so that every product is seen.
     """
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    _set_experts_implementation(model, dict.fromkeys(_expert_configs(model), "eager"))
+    if experts_one_by_one:
+        _set_experts_implementation(model, dict.fromkeys(_expert_configs(model), "eager"))
     return model.eval().requires_grad_(False)
 
 

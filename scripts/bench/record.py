@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks"
 SHARED = ROOT.parent / "shared"
@@ -25,10 +27,14 @@ def environment(*packages: str) -> dict[str, Any]:
     command = " ".join([Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]])
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{model}, {os.cpu_count()} cores, no GPU",
+        "hardware": f"{model}, {os.cpu_count()} cores, {_gpu()}",
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}},
         "command": f"python {command}",
     }
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
 def save(name: str, record: dict[str, Any], markdown: str) -> None:
