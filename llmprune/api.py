@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
+from llmprune.methods import method_class
 from llmprune.progress import Reporter
 from llmprune.recipe import load_recipe
+from llmprune.restructuring import STRUCTURAL, Restructuring
 from llmprune.result import Result
 from llmprune.types import UserError
 
@@ -61,7 +63,8 @@ def prune(
             raise UserError("say where the pruned model goes: out=FOLDER")
     ready = load_recipe(Path(recipe) if recipe else None, chosen)
     with PeakMemory() as memory:
-        job = Job(ready, None if isinstance(model, str | Path) else model, tokenizer, calibration, out)
+        kind = Restructuring if method_class(ready.method).kind in STRUCTURAL else Job
+        job = kind(ready, None if isinstance(model, str | Path) else model, tokenizer, calibration, out)
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:
             return Result(job.describe_plan(), None)

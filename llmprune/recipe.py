@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llmprune.types import Budget, Pattern, UserError
 
@@ -21,7 +21,15 @@ def _as_names(value: Any) -> Any:
     return [one.strip() for one in value.split(",") if one.strip()] if isinstance(value, str) else value
 
 
+def _as_layers(value: Any) -> Any:
+    """`"4"` is how many layers, `"5,6,7"` (or `"5,"`) which."""
+    if not isinstance(value, str):
+        return value
+    return [one.strip() for one in value.split(",") if one.strip()] if "," in value else value
+
+
 Names = Annotated[list[str], BeforeValidator(_as_names)]
+Layers = Annotated[int | list[int] | None, BeforeValidator(_as_layers)]
 
 
 class _Strict(BaseModel):
@@ -72,6 +80,8 @@ class Recipe(_Strict):
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
+    drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
     allocation: str = "uniform"
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
@@ -81,8 +91,23 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**63)
     trust_remote_code: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_method(cls, data: Any) -> Any:
+        """The method that goes with a structural amount, where none is named."""
+        if isinstance(data, dict) and "method" not in data:
+            drop = _as_layers(data.get("drop_layers"))
+            if drop is not None:
+                return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
+            if data.get("drop_experts") is not None:
+                return {**data, "method": "reap"}
+        return data
+
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
+        for key in ("drop_layers", "drop_experts"):
+            if getattr(self, key) is not None:
+                raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")

@@ -37,6 +37,7 @@ LAYERS = {
     "result": 4,
     "pipeline": 4,
     "job": 5,
+    "restructuring": 5,
     "inspection": 5,
     "eval": 6,
     "report": 6,

@@ -7,12 +7,15 @@ from importlib import import_module
 from typing import Any
 
 from llmprune.recipe import nearest
-from llmprune.types import Method, UserError
+from llmprune.types import UserError
 
 METHODS = {
     "magnitude": "llmprune.methods.weight.magnitude:Magnitude",
     "wanda": "llmprune.methods.weight.wanda:Wanda",
     "sparsegpt": "llmprune.methods.weight.sparsegpt:SparseGPT",
+    "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
+    "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
+    "angular": "llmprune.methods.depth.angular:Angular",
 }
 
 
@@ -28,7 +31,7 @@ def method_class(name: str) -> Any:
         raise UserError(f"the method {name!r} cannot be imported: {error}") from error
 
 
-def make_method(name: str, options: dict[str, Any]) -> Method:
+def make_method(name: str, options: dict[str, Any]) -> Any:
     """The method with its options set; raises UserError for an option that it does not have."""
     cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
@@ -39,10 +42,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
             raise UserError(f"option {key}={value!r} of method {name!r} must be a {type(default).__name__}")
     try:
-        method: Method = cls(**options)
+        return cls(**options)
     except ValueError as error:
         raise UserError(f"method {name!r}: {error}") from error
-    return method
 
 
 def _accepted(default: Any) -> tuple[type, ...]:
