@@ -82,8 +82,12 @@ class Cutter:
                 f"{type(old).__name__} takes its number of layers from elsewhere than num_hidden_layers; "
                 "its layers cannot be dropped"
             )
+        counts = None
+        if surgery.experts:
+            index, stay = next(iter(surgery.experts.items()))
+            counts = (_expert_counts(old_layers[index])[0], len(stay))
         for place, index in enumerate(surgery.layers):
-            change = _difference(old_layers[index], new_layers[place], cut=bool(surgery.experts))
+            change = _difference(old_layers[index], new_layers[place], counts)
             if change:
                 raise UserError(
                     f"layer {index} would be another kind of layer as number {place} ({change}): "
@@ -100,16 +104,18 @@ class Cutter:
         parts[where] = str(self.place[index])
         return ".".join(parts)
 
-    def cut(self, key: str, parameter: str, tensor: torch.Tensor, index: int) -> tuple[str, torch.Tensor] | None:
+    def cut(
+        self, key: str, parameter: str, tensor: torch.Tensor, index: int, kept: tuple[int, ...] = ()
+    ) -> tuple[str, torch.Tensor] | None:
         """Name and value in the new model of the tensor `key` of layer `index`, which feeds `parameter`.
 
-        None if it belonged to an expert that is left out.
+        None if it belonged to an expert that is left out. `kept`: other experts than the edit says, as many.
         """
         renamed = self.layer_key(key, index)
         axis = self._axis(parameter, index)
         if axis is None:
             return renamed, tensor
-        kept = self.surgery.experts[index]
+        kept = kept or self.surgery.experts[index]
         number = _expert_number(key)
         if number is not None:
             if number not in kept:
@@ -188,11 +194,11 @@ def _renumber(key: str, number: int) -> str:
     return ".".join(parts)
 
 
-def _difference(old: nn.Module, new: nn.Module, *, cut: bool) -> str:
-    """In what two layers differ, their place and (if `cut`) their number of experts apart; "" if in nothing."""
+def _difference(old: nn.Module, new: nn.Module, counts: tuple[int, int] | None) -> str:
+    """In what two layers differ, their place and number of experts (`counts`: before, after) apart; "" if in nothing."""
     mine, theirs = dict(old.named_modules()), dict(new.named_modules())
     # a list of experts that became shorter
-    if mine.keys() != theirs.keys() and not (cut and theirs.keys() <= mine.keys()):
+    if mine.keys() != theirs.keys() and not (counts and theirs.keys() <= mine.keys()):
         odd = min(mine.keys() ^ theirs.keys())
         return f"{odd} is in one of them only"
     for name, module in theirs.items():
@@ -203,7 +209,7 @@ def _difference(old: nn.Module, new: nn.Module, *, cut: bool) -> str:
             plain = isinstance(value, bool | int | float | str | None) and isinstance(
                 before, bool | int | float | str | None
             )
-            counted = cut and "expert" in key and isinstance(value, int)
+            counted = (before, value) == counts
             if plain and value != before and "idx" not in key and "index" not in key and not counted:
                 return f"{name}.{key} is {before!r}, then {value!r}".lstrip(".")
         kept = module._non_persistent_buffers_set

@@ -53,6 +53,11 @@ def turns(trunk: Trunk, span: int, *, last_token: bool = False) -> Turns:
     return Turns([one for one, _ in found], [one for _, one in found], heat_SS.tolist())
 
 
+def distance(first: States, second: States) -> float:
+    """Mean 1 - cos over all tokens of two lists of hidden states."""
+    return _distances([_unit_vectors(one) for one in first], [_unit_vectors(one) for one in second])[0]
+
+
 def _unit_vectors(state: torch.Tensor) -> torch.Tensor:
     x_TD = state.flatten(0, 1).float()
     return x_TD / x_TD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

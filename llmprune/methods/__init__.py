@@ -16,6 +16,14 @@ METHODS = {
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
     "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
     "angular": "llmprune.methods.depth.angular:Angular",
+    "sleb": "llmprune.methods.depth.sleb:SLEB",
+    "blockpruner": "llmprune.methods.depth.blockpruner:BlockPruner",
+    "shortened-llama": "llmprune.methods.depth.shortened_llama:ShortenedLlama",
+    "llm-drop": "llmprune.methods.depth.llm_drop:LLMDrop",
+    "reap": "llmprune.methods.expert.reap:REAP",
+    "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
+    "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
+    "expert-subset": "llmprune.methods.expert.subset:ExpertSubset",
 }
 
 

@@ -36,13 +36,18 @@ class Drop:
         return cls(depth, len(given), given)
 
     def lowest(self, scores: dict[int, float]) -> tuple[int, ...]:
-        """The layers with the lowest scores, ties to the lowest index; raises UserError if there are too few."""
-        if len(scores) < self.count:
-            raise UserError(
-                f"{self.count} layers should go, but only {len(scores)} of {self.depth} are not protected; "
-                "drop fewer, or protect fewer"
-            )
+        """The layers with the lowest scores, ties to the lowest index."""
         return tuple(sorted(sorted(scores, key=lambda index: (scores[index], index))[: self.count]))
+
+    def unprotected(self, first: int, last: int) -> range:
+        """The layers that may go if some at the ends always stay; raises UserError if they are too few."""
+        free = range(first, self.depth - last)
+        if len(free) < self.count:
+            raise UserError(
+                f"{self.count} layers should go, but with protect_first={first} and protect_last={last} only "
+                f"{len(free)} of {self.depth} may; drop fewer, or protect fewer"
+            )
+        return free
 
     def window(self, scores: dict[int, float]) -> tuple[int, ...]:
         """The given layers, which must follow each other, or the best window by the scores of its first layer."""
