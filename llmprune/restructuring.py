@@ -17,7 +17,7 @@ from llmprune.checkpoint.layer_lists import expert_groups
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
 from llmprune.checkpoint.verify import verify
-from llmprune.engine.trunk import Trunk
+from llmprune.engine.trunk import Trunk, holding
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.methods.structural import Decision, Drop, DropExperts
@@ -188,27 +188,33 @@ class Restructuring(Job):
         trust = self.recipe.trust_remote_code
         if isinstance(weights, Resident):
             return verify(folder, self._logits_in_memory, unused, trust_remote_code=trust)
-        skips = not surgery.experts and not surgery.replaced
-        if not skips:
+        if surgery.experts:
             return verify(folder, None, unused, trust_remote_code=trust)
         return verify(
             folder,
-            self._logits_by_skipping,
+            self._logits_without_layers,
             unused,
-            of="of the model that skips these layers",
+            of="of the old model, its layers skipped and changed in memory",
             dtype=self.dtype,
             trust_remote_code=trust,
         )
 
     @torch.no_grad()
-    def _logits_by_skipping(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the old model says if it leaves out the dropped layers."""
+    def _logits_without_layers(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the old model says if dropped layers are skipped and changed parameters have their new values."""
         weights = self._weights(writing=False)
         with self._prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
             states = trunk.enter()
-            for index in self._decision.surgery.layers:
-                with trunk.loaded(index):
+            surgery = self._decision.surgery
+            for index in surgery.layers:
+                unit = self.plan.units[index]
+                changed = {
+                    name.removeprefix(unit.prefix): value.to(weights.storage_dtype(name)).to(self.device, self.dtype)
+                    for name, value in surgery.replaced.items()
+                    if name.startswith(unit.prefix)
+                }
+                with trunk.loaded(index), holding(unit.module, changed):
                     states = trunk.run(index, states)
             return trunk.logits(0, states[0])
 

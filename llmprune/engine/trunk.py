@@ -49,6 +49,15 @@ class Trunk:
     def depth(self) -> int:
         return len(self.units)
 
+    def first(self, sequences: int) -> Trunk:
+        """The same model on the first sequences only."""
+        batches: list[dict[str, torch.Tensor]] = []
+        for batch in self.batches:
+            if sequences > 0:
+                batches.append({key: one[:sequences] for key, one in batch.items()})
+                sequences -= len(batch["input_ids"])
+        return Trunk(self.model, self.units, batches, self._weights)
+
     def enter(self) -> States:
         """What enters the first layer, for every batch."""
         self._calls, states = [], []
@@ -164,6 +173,24 @@ def silenced(modules: list[nn.Module]) -> Iterator[None]:
         for module in modules:
             stack.callback(module.register_forward_hook(zero).remove)
         yield
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """While active, the parameters of a module have other values; yields them."""
+    before = dict(module.named_parameters())
+    held = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in values.items()}
+    _put(module, held)
+    try:
+        yield held
+    finally:
+        _put(module, {name: before[name] for name in held})
+
+
+def _put(module: nn.Module, values: dict[str, nn.Parameter]) -> None:
+    for name, value in values.items():
+        owner, _, short = name.rpartition(".")
+        module.get_submodule(owner)._parameters[short] = value
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -20,10 +20,15 @@ METHODS = {
     "blockpruner": "llmprune.methods.depth.blockpruner:BlockPruner",
     "shortened-llama": "llmprune.methods.depth.shortened_llama:ShortenedLlama",
     "llm-drop": "llmprune.methods.depth.llm_drop:LLMDrop",
+    "laco": "llmprune.methods.depth.laco:LaCo",
+    "replaceme": "llmprune.methods.depth.replaceme:ReplaceMe",
+    "linearpatch": "llmprune.methods.depth.linearpatch:LinearPatch",
+    "llm-streamline": "llmprune.methods.depth.llm_streamline:LLMStreamline",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
     "expert-subset": "llmprune.methods.expert.subset:ExpertSubset",
+    "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
 }
 
 
