@@ -87,7 +87,7 @@ class Cutter:
             index, stay = next(iter(surgery.experts.items()))
             counts = (_expert_counts(old_layers[index])[0], len(stay))
         for place, index in enumerate(surgery.layers):
-            change = _difference(old_layers[index], new_layers[place], counts)
+            change = _difference(old_layers[index], new_layers[place], {(index, place), counts})
             if change:
                 raise UserError(
                     f"layer {index} would be another kind of layer as number {place} ({change}): "
@@ -194,11 +194,14 @@ def _renumber(key: str, number: int) -> str:
     return ".".join(parts)
 
 
-def _difference(old: nn.Module, new: nn.Module, counts: tuple[int, int] | None) -> str:
-    """In what two layers differ, their place and number of experts (`counts`: before, after) apart; "" if in nothing."""
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _difference(old: nn.Module, new: nn.Module, expected: set[tuple[int, int] | None]) -> str:
+    """In what two layers differ; "" if in nothing but whole numbers that change as `expected`: place, experts."""
     mine, theirs = dict(old.named_modules()), dict(new.named_modules())
-    # a list of experts that became shorter
-    if mine.keys() != theirs.keys() and not (counts and theirs.keys() <= mine.keys()):
+    # a list of experts may become shorter, where their number changes
+    if not theirs.keys() <= mine.keys() or (None in expected and mine.keys() != theirs.keys()):
         odd = min(mine.keys() ^ theirs.keys())
         return f"{odd} is in one of them only"
     for name, module in theirs.items():
@@ -206,11 +209,8 @@ def _difference(old: nn.Module, new: nn.Module, counts: tuple[int, int] | None) 
             return f"{name} is a {type(mine[name]).__name__}, then a {type(module).__name__}"
         for key, value in vars(module).items():
             before = vars(mine[name]).get(key)
-            plain = isinstance(value, bool | int | float | str | None) and isinstance(
-                before, bool | int | float | str | None
-            )
-            counted = (before, value) == counts
-            if plain and value != before and "idx" not in key and "index" not in key and not counted:
+            plain = isinstance(value, _PLAIN) and isinstance(before, _PLAIN) and value != before
+            if plain and (type(value) is not int or (before, value) not in expected):
                 return f"{name}.{key} is {before!r}, then {value!r}".lstrip(".")
         kept = module._non_persistent_buffers_set
         for key in kept:
