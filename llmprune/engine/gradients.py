@@ -27,7 +27,11 @@ def saliency(trunk: Trunk) -> list[float]:
                     logits = trunk.model(**batch, use_cache=False).logits
                     (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()
             return [
-                sum(float((one * one.grad).abs().sum(dtype=torch.float64)) for one in some if one.grad is not None)
+                sum(
+                    float((one.detach() * one.grad).abs().sum(dtype=torch.float64))
+                    for one in some
+                    if one.grad is not None
+                )
                 for some in matrices
             ]
         finally:
