@@ -88,6 +88,9 @@ class Recipe(_Strict):
     overrides: list[Override] = Field(default_factory=list)
     calibration: Calibration = Field(default_factory=Calibration)
     engine: Engine = Field(default_factory=Engine)
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list, description="recipe keys of each stage, over those of the recipe, for several in a row"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     trust_remote_code: bool = False
 
@@ -180,6 +183,34 @@ def validate(data: dict[str, Any]) -> Recipe:
             known = _keys(first["loc"][:-1])
             raise UserError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise UserError(f"recipe key {where!r}: {first['msg']} (got {first['input']!r})") from error
+
+
+# Keys that a stage does not take over from the recipe: they belong to one method.
+OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+
+
+def stages_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe of every stage; raises UserError for a stage that is none, or amounts outside the stages."""
+    if not recipe.stages:
+        return []
+    base = recipe.model_dump(exclude={"stages", *OWN})
+    fields = type(recipe).model_fields
+    outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
+    if outside:
+        raise UserError(f"{outside[0]} belongs into one of the stages, not beside them")
+    for stage in recipe.stages:
+        if "stages" in stage or "model" in stage:
+            raise UserError("a stage has neither a model nor stages of its own")
+    return [validate(_merged(base, stage)) for stage in recipe.stages]
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = {**base[key], **value} if both else value
+    return merged
 
 
 def nearest(name: str, known: list[str]) -> str:

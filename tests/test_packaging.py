@@ -38,6 +38,7 @@ LAYERS = {
     "pipeline": 4,
     "job": 5,
     "restructuring": 5,
+    "stages": 6,
     "inspection": 5,
     "eval": 6,
     "report": 6,
