@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
+from llmprune.arch.sublayers import halves
 from llmprune.checkpoint.layer_lists import expert_groups
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
@@ -124,7 +125,8 @@ class Restructuring(Job):
             decision: Decision = self.method.decide(trunk, self._asked)
         self._new_config, new, cutter = self._cutter(decision.surgery)
         self._totals = {"params_before": _count(self.model), "params_after": _count(new)}
-        self._decision, self._layer_runs = decision, trunk.runs
+        self._decision = decision
+        self._rows = [_row(key, score, decision.surgery, self.plan, cutter) for key, score in decision.scores.items()]
         reporter.say(_in_words(decision, self.plan))
         if isinstance(weights, Resident):
             cut_in_place(self.model, new, cutter)
@@ -238,7 +240,7 @@ class Restructuring(Job):
             "structure": {
                 "kind": self.method.kind,
                 "dropped": _dropped(decision.surgery),
-                "scores": [{"name": _name(key, self.plan), "score": value} for key, value in decision.scores.items()],
+                "scores": self._rows,
                 "changed": sorted(decision.surgery.replaced),
                 "figures": decision.figures,
                 "notes": decision.notes,
@@ -274,10 +276,22 @@ def _count(model: PreTrainedModel) -> int:
     return sum(one.numel() for name, one in model.named_parameters() if name not in tied)
 
 
-def _name(key: Any, plan: Plan) -> str:
-    """A layer by its module path, followed by the expert or the half of the layer."""
-    index, *rest = key if isinstance(key, tuple) else (key,)
-    return " ".join([plan.units[index].name, *(f"expert {one}" if isinstance(one, int) else one for one in rest)])
+def _row(key: Any, score: float, surgery: Surgery, plan: Plan, cutter: Cutter) -> dict[str, Any]:
+    """The score of a layer, of an expert or of half a layer, whether it goes, and how many parameters that saves."""
+    index, part = key if isinstance(key, tuple) else (key, None)
+    unit = plan.units[index]
+    name, saved, dropped = unit.name, 0, index in surgery.dropped
+    if isinstance(part, int):
+        name, dropped = f"{unit.name} expert {part}", part not in surgery.experts[index]
+        saved = cutter.saved(index)
+    elif part is not None:
+        # a half that goes alone is filled with zeros, which saves nothing
+        name = f"{unit.name} {part}"
+        zeros = [unit.prefix + one for one in halves(unit.module)[part].parameters]
+        dropped = dropped or all(one in surgery.replaced for one in zeros)
+    elif dropped:
+        saved = sum(one.numel() for one in unit.module.parameters())
+    return {"name": name, "score": score, "dropped": dropped, "saved": saved if dropped else 0}
 
 
 def _dropped(surgery: Surgery) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import STRUCTURAL, Restructuring
 from llmprune.result import Result
 
-Model = PreTrainedModel | None
+Model: TypeAlias = PreTrainedModel | None
 
 
 def run(

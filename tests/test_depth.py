@@ -152,7 +152,9 @@ def test_sharded_checkpoints_and_equal_bytes(tmp_path: Path) -> None:
         llmprune.prune(source, out=tmp_path / out, method="shortgpt", drop_layers=1, calibration=TEXT)
     assert runner.product(tmp_path / "a") == runner.product(tmp_path / "b")
     report = json.loads((tmp_path / "a" / "llmprune.json").read_text())
-    assert len(report["structure"]["scores"]) == 3
+    rows, totals = report["structure"]["scores"], report["totals"]
+    assert [row["dropped"] for row in rows].count(True) == 1 and len(rows) == 3
+    assert sum(row["saved"] for row in rows) == totals["params_before"] - totals["params_after"]
     assert math.isclose(report["structure"]["figures"]["similarity"][1][1], 1, abs_tol=1e-5)
 
 
@@ -276,7 +278,11 @@ def test_shortgpt_angular_and_keep_first_choose_by_their_rules(five: None) -> No
         assert report["structure"]["dropped"]["layers"] == layers, method
 
 
-def test_sleb_is_the_greedy_search_and_reports_the_true_loss(five: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remember", [True, False])
+def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
+    remember: bool, five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.engine.search.SHARE", 0.25 if remember else 0.0)
     source = tiny.save("llama", tmp_path / "dense")
     options = {"protect_first": 0, "protect_last": 0}
     result = llmprune.prune(
@@ -293,7 +299,13 @@ def test_sleb_is_the_greedy_search_and_reports_the_true_loss(five: None, tmp_pat
     assert math.isclose(notes["loss_after_each"][1], loss(result.model), rel_tol=1e-6)
     for row, index in zip(result.report["structure"]["scores"], range(5), strict=True):
         assert math.isclose(row["score"], single[index], rel_tol=1e-6)
-    assert notes["layer_runs"] < notes["layer_runs_naive"] == 4 * 5 + 3 * 4
+    # the first round: the model, and variant k from layer k + 1 on
+    runs = 5 + 4 + 3 + 2 + 1
+    # the second: nothing runs through `first`; where the way there is remembered, all begin behind it
+    begin = [0, *(index + 1 for index in pairs)]
+    begin = [max(one, first + 1) if remember else one for one in begin]
+    runs += sum(len([layer for layer in range(one, 5) if layer != first]) for one in begin)
+    assert notes["layer_runs"] == runs < notes["layer_runs_naive"] == 4 * 5 + 3 * 4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "gpt-neox", "bloom", "gpt-oss", "deepseek-v3"])

@@ -125,6 +125,15 @@ class Cutter:
             raise RunError(f"{key!r} has another shape than {parameter}, so its experts cannot be told apart")
         return renamed, tensor.index_select(axis, torch.tensor(kept, device=tensor.device)).contiguous()
 
+    def saved(self, index: int) -> int:
+        """How many parameters each expert that is left out of layer `index` had."""
+        prefix = f"{self.path}.{index}."
+        total = 0
+        for name, shape in self._shapes.items():
+            axis = self._axis(name, index) if name.startswith(prefix) else None
+            total += 0 if axis is None else shape.numel() // shape[axis]
+        return total
+
     def _axis(self, parameter: str, index: int) -> int | None:
         """Along which axis the experts of a parameter lie; None if it has none or all stay."""
         if parameter not in self._shapes or index not in self.surgery.experts:

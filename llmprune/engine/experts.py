@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def each_routing(trunk: Trunk, layers: tuple[int, ...], take: Callable[[int, Rou
     for index in range(max(layers) + 1):
         with trunk.loaded(index), contextlib.ExitStack() as stack:
             if index in layers:
-                stack.enter_context(_watched(trunk.units[index].module, lambda call, index=index: take(index, call)))
+                stack.enter_context(_watched(trunk.units[index].module, partial(take, index)))
             states = trunk.run(index, states)
 
 

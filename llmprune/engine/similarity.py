@@ -60,7 +60,8 @@ def distance(first: States, second: States) -> float:
 
 def _unit_vectors(state: torch.Tensor) -> torch.Tensor:
     x_TD = state.flatten(0, 1).float()
-    return x_TD / x_TD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    norms_T1: torch.Tensor = x_TD.norm(dim=1, keepdim=True)
+    return x_TD / norms_T1.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _distances(first: list[torch.Tensor], second: list[torch.Tensor]) -> tuple[float, float]:

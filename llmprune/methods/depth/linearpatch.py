@@ -53,8 +53,11 @@ class LinearPatch:
 def _patched(before: States, after: States) -> States:
     """The states before the window, each channel in the Hadamard basis scaled to its mean size after it."""
     basis_DD = hadamard(before[0].shape[-1]).to(before[0].device)
-    sizes = [sum((one.double() @ basis_DD).abs().flatten(0, 1).sum(0) for one in states) for states in (before, after)]
-    scale_D = sizes[1] / sizes[0].clamp_min(torch.finfo(torch.float64).tiny)
+    size_before_D, size_after_D = (
+        torch.stack([(one.double() @ basis_DD).abs().flatten(0, 1).sum(0) for one in states]).sum(0)
+        for states in (before, after)
+    )
+    scale_D = size_after_D / size_before_D.clamp_min(torch.finfo(torch.float64).tiny)
     patch_DD = basis_DD @ torch.diag(scale_D) @ basis_DD.T
     return [one.double() @ patch_DD for one in before]
 
