@@ -25,7 +25,7 @@ from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
 from llmprune.result import Result
-from llmprune.types import UserError
+from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
 
 STRUCTURAL = ("depth", "expert")
@@ -65,13 +65,15 @@ class Restructuring(Job):
         return plan
 
     def _ask_experts(self, plan: Plan) -> DropExperts:
-        counts = {
-            index: expert_count(block)
-            for index, unit in enumerate(plan.units)
-            for _, block in expert_blocks(unit.module)
-        }
+        blocks = {index: block for index, unit in enumerate(plan.units) for _, block in expert_blocks(unit.module)}
+        counts = {index: expert_count(block) for index, block in blocks.items()}
         if not counts:
             raise UserError(f"{type(self.model).__name__} has no experts to leave out")
+        listed = [block for block in blocks.values() if all(one.dim() < 3 for one in block.parameters(recurse=False))]
+        if listed:
+            raise UserError(
+                f"{type(listed[0]).__name__} keeps its experts as a list of modules, which is not supported"
+            )
         if len(set(counts.values())) > 1:
             raise UserError(
                 f"layers with different numbers of experts ({sorted(set(counts.values()))}) are not supported"
@@ -165,9 +167,12 @@ class Restructuring(Job):
         feeds = {key: name for name, group in routing.groups.items() for key in group.keys}
         owner = _layer_of_keys(feeds, [unit.prefix for unit in units], list(self.checkpoint.entries))
         files = 1 + len(surgery.layers)
+        decided = _dropped(surgery)
         if REST not in self.output.records:
             rest = {key: self.checkpoint.tensor(key) for key in self.checkpoint.entries if key not in owner}
-            self.output.write(REST, (1, files), rest, {})
+            self.output.write(REST, (1, files), rest, {"decided": decided})
+        if self.output.records[REST]["decided"] != decided:
+            raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
         for place, index in enumerate(surgery.layers):
             if f"layer {index}" in self.output.records:
                 continue

@@ -158,6 +158,30 @@ def test_sharded_checkpoints_and_equal_bytes(tmp_path: Path) -> None:
     assert math.isclose(report["structure"]["figures"]["similarity"][1][1], 1, abs_tol=1e-5)
 
 
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.checkpoint.output import Output
+
+    source = tiny.save("qwen3-moe", tmp_path / "dense")
+    settings: dict[str, Any] = {"method": "hc-smoe", "drop_experts": 0.25, "calibration": TEXT}
+    llmprune.prune(source, out=tmp_path / "whole", **settings)
+    write, written = Output.write, []
+
+    def stop_at_the_third(self: Output, unit: str, *rest: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(unit)
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Output, "write", stop_at_the_third)
+        llmprune.prune(source, out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--resume"):
+        llmprune.prune(source, out=tmp_path / "out", **settings)
+    llmprune.prune(source, out=tmp_path / "out", resume=True, **settings)
+    assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
+
+
 # Configurations.
 
 

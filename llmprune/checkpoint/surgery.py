@@ -117,7 +117,8 @@ class Cutter:
             return renamed, tensor
         kept = kept or self.surgery.experts[index]
         number = _expert_number(key)
-        if number is not None:
+        # one tensor an expert, where the model has one parameter for all
+        if number is not None and tensor.dim() < len(self._shapes[parameter]):
             if number not in kept:
                 return None
             return _renumber(renamed, kept.index(number)), tensor
