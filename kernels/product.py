@@ -49,10 +49,13 @@ def use_onednn(a_MK: torch.Tensor, b_NK: torch.Tensor) -> bool:
 
 
 class FastLinear(TorchFunctionMode):
-    """While active, large float32 `linear` calls of a model on CPU go where `product_nt` goes."""
+    """While active, large float32 `linear` calls of a model on CPU go where `product_nt` goes.
+
+    Not while gradients are recorded: the fast operator has none.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs:
+        if func is F.linear and not kwargs and not torch.is_grad_enabled():
             x, weight_OI, bias = (*args, None)[:3]
             if x.dim() > 1 and weight_OI.is_contiguous() and use_onednn(x.reshape(-1, x.shape[-1]), weight_OI):
                 return _onednn(x, weight_OI, bias)
