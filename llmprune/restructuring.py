@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
 from llmprune.arch.sublayers import halves
-from llmprune.checkpoint.layer_lists import expert_groups
+from llmprune.checkpoint.layer_lists import expert_groups, refuse_shared_layers
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
 from llmprune.checkpoint.verify import verify
@@ -56,6 +56,7 @@ class Restructuring(Job):
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
 
     def _make_plan(self) -> Plan:
+        refuse_shared_layers(self.config)
         plan = Plan(find_units(self.model, head=False))
         if self.method.kind == "depth":
             assert self.recipe.drop_layers is not None

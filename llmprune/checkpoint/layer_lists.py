@@ -37,11 +37,7 @@ def edit_config(
         return edited
     if not kept:
         raise UserError("at least one layer must stay")
-    if getattr(text, "num_kv_shared_layers", 0):
-        raise UserError(
-            f"the last {text.num_kv_shared_layers} layers of this {text.model_type} model read keys and values that "
-            "earlier layers provide; its layers cannot be dropped"
-        )
+    refuse_shared_layers(text)
     kinds = getattr(text, "layer_types", None) or []
     attends = ["attention" in kind and kind != "linear_attention" for kind in kinds]
     if any(attends) and not any(attends[index] for index in kept):
@@ -65,6 +61,17 @@ def edit_config(
     if getattr(text, "attention_types", None) is not None and getattr(text, "attention_layers", None):
         text.attention_types = [[list(text.attention_layers), 1]]
     return edited
+
+
+def refuse_shared_layers(config: Any) -> None:
+    """Raise UserError if layers read what earlier layers provide: none of them then is a function of its input."""
+    text = config.get_text_config()
+    shared = getattr(text, "num_kv_shared_layers", 0)
+    if shared:
+        raise UserError(
+            f"the last {shared} layers of this {text.model_type} model (num_kv_shared_layers) read keys and values that "
+            "earlier layers provide, so its layers cannot be taken apart"
+        )
 
 
 def top_k(config: Any) -> int:

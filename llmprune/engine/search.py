@@ -71,7 +71,9 @@ def losses_without(
     before = paths[None][start] if paths else trunk.enter()
     variants: dict[Part | None, States] = {None: before}
     if paths:
-        variants.update({part: paths[part][start] for part in parts if part[0] < start})
+        for part in parts:
+            if part[0] < start:
+                variants[part] = paths[part][start]
     for index in range(start, trunk.depth):
         if paths is not None:
             for one, states in variants.items():
@@ -93,7 +95,7 @@ def _fits(trunk: Trunk, variants: int) -> bool:
     config = trunk.model.config.get_text_config()
     tokens = sum(batch["input_ids"].numel() for batch in trunk.batches)
     # a variant has states from the layer on where it begins: half of all layers on average
-    bytes_needed = tokens * config.hidden_size * trunk.model.dtype.itemsize * (variants + 2) * trunk.depth // 2
+    bytes_needed: int = tokens * config.hidden_size * trunk.model.dtype.itemsize * (variants + 2) * trunk.depth // 2
     device = trunk.batches[0]["input_ids"].device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
     return bytes_needed <= SHARE * free

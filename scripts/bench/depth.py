@@ -97,15 +97,16 @@ def pruned(model: Path, text: str, method: str, **settings: Any) -> dict[str, An
         }
 
 
-def run_model(name: str) -> dict[str, Any]:
+def run_model(name: str, only: list[str], found: dict[str, Any]) -> dict[str, Any]:
+    """Fill in the rows of a model, all or those of some methods."""
     model, text = record.SHARED / "models" / name, MODELS[name]
-    found: dict[str, Any] = {"dense": measured(model, text)}
+    found["dense"] = measured(model, text)
     if name == "tales-qwen3moe":
-        for method in EXPERTS:
+        for method in [one for one in EXPERTS if not only or one in only]:
             for share in (0.25, 0.5):
                 found[f"{method} {share:.0%}"] = pruned(model, text, method, drop_experts=share)
         return found
-    for label, options in DEPTH.items():
+    for label, options in [one for one in DEPTH.items() if not only or one[0] in only]:
         for count in (1, 2, 3):
             found[f"{label} {count}"] = pruned(model, text, label.split()[0], drop_layers=count, options=options)
     return found
@@ -203,8 +204,8 @@ def table(results: dict[str, Any]) -> str:
 
 def cost_text(found: dict[str, Any]) -> str:
     return (
-        "\n## What scoring costs\n\n12 layers of width 512, 4 x 256 tokens, float32, one thread, random weights; best of 5 "
-        "for the passes.\n\n"
+        "\n## What scoring costs\n\n12 layers of width 512, 4 x 256 tokens, float32, one thread, random weights; best of 7 "
+        "for the passes, in turns.\n\n"
         f"* Cosine scores of all layers: {found['cosine_forwards']:.2f} forward passes; windows of 4: "
         f"{found['window_of_4_forwards']:.2f}.\n"
         f"* Greedy removal of 2 of 10 candidates: {found['greedy_seconds']:.2f} s and {found['greedy_layer_runs']} layer "
@@ -216,12 +217,13 @@ def cost_text(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=[], help="only these rows of the tables")
     parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
     stored = record.FOLDER / "depth.json"
     saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}, "cost": {}}
     for name in arguments.models:
-        saved["results"][name] = run_model(name)
+        saved["results"][name] = run_model(name, arguments.methods, saved["results"].get(name, {}))
         print(name, {key: round(one["ppl"], 3) for key, one in saved["results"][name].items()}, flush=True)
     if arguments.cost:
         torch.set_num_threads(1)
@@ -232,6 +234,9 @@ def main() -> None:
         "filled with zeros. `llm-drop` removes attentions only.\n"
     )
     saved["environment"] = record.environment()
+    commands = saved.setdefault("commands", [])
+    commands.append(saved["environment"]["command"])
+    saved["environment"]["command"] = "; ".join(dict.fromkeys(commands))
     markdown = note + table(saved["results"]) + (cost_text(saved["cost"]) if saved["cost"] else "")
     record.save("depth", saved, markdown.lstrip())
 
