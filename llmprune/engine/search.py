@@ -83,7 +83,9 @@ def losses_without(
             variants.update(dict.fromkeys(here, variants[None]))
             continue
         with trunk.loaded(index):
-            fresh = {part: run_without(trunk, index, variants[None], gone | {part}) for part in here}
+            fresh: dict[Part | None, States] = {
+                part: run_without(trunk, index, variants[None], gone | {part}) for part in here
+            }
             for one, states in variants.items():
                 variants[one] = run_without(trunk, index, states, gone)
             variants.update(fresh)
