@@ -46,7 +46,7 @@ class FastLinear(TorchFunctionMode):
             matrix = plain and x.dim() > 1 and x.numel() and weight_OI.is_contiguous()
             if matrix and use_onednn(x.reshape(-1, x.shape[-1]), weight_OI):
                 if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
-                    return _Linear.apply(x, weight_OI, bias)
+                    return _Linear.apply(x, weight_OI, bias)  # type: ignore[no-untyped-call]
                 return _onednn(x, weight_OI, bias)
         return func(*args, **(kwargs or {}))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmprune.job import Job
-from llmprune.memory import PeakMemory
+from llmprune import stages
 from llmprune.progress import Reporter
 from llmprune.recipe import load_recipe
 from llmprune.result import Result
@@ -45,12 +43,12 @@ def prune(
     `out`: the folder to write; needed for a path, optional for a loaded model. `calibration`: a text
     SPEC, or token ids as lists, tensors or dicts with `input_ids` and `attention_mask`. `settings` are
     recipe keys: `method`, `sparsity` (fraction of zeros), `pattern` ("2:4" keeps 2 of 4), `samples`,
-    `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest.
+    `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest; for depth and expert
+    methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction).
 
     Returns the report and the model. Raises UserError for wrong input, before anything is written,
     and RunError when the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
     """
-    started = time.perf_counter()
     chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if isinstance(calibration, str):
         chosen["calibration.source"] = calibration
@@ -60,16 +58,17 @@ def prune(
         if out is None and not dry_run:
             raise UserError("say where the pruned model goes: out=FOLDER")
     ready = load_recipe(Path(recipe) if recipe else None, chosen)
-    with PeakMemory() as memory:
-        job = Job(ready, None if isinstance(model, str | Path) else model, tokenizer, calibration, out)
-        job.check(resume=resume, overwrite=overwrite)
-        if dry_run:
-            return Result(job.describe_plan(), None)
-        try:
-            return job.run(reporter or Reporter(quiet=True), memory, started, resume=resume)
-        finally:
-            if job.output is not None:
-                job.output.close()
+    return stages.run(
+        ready,
+        None if isinstance(model, str | Path) else model,
+        tokenizer,
+        calibration,
+        None if out is None else Path(out),
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        reporter=reporter or Reporter(quiet=True),
+    )
 
 
 def evaluate(

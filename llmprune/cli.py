@@ -39,6 +39,10 @@ def prune(
     method: Annotated[str | None, typer.Option(help="Pruning method; see `llmprune methods`.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of weights set to zero.")] = None,
     pattern: Annotated[str | None, typer.Option(help="KEEP:GROUP along the inputs, for example 2:4.")] = None,
+    drop_layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to leave out: how many (4), or which (5,6,7).")
+    ] = None,
+    drop_experts: Annotated[float | None, typer.Option(help="Fraction of every layer's experts to leave out.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text SPEC: file:PATH[:FIELD], wikitext2, c4, ptb, hub:…, demo.")
     ] = None,
@@ -71,6 +75,8 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "drop_layers": drop_layers,
+        "drop_experts": drop_experts,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,
@@ -218,6 +224,10 @@ def _model_of(recipe: Path | None) -> str:
 
 def _show_plan(report: dict[str, Any]) -> None:
     totals = report["totals"]
+    if "structure" in report:
+        structure = report["structure"]
+        print(f"a {structure['kind']} method on {structure['units']} layers; it holds {structure['memory']}")
+        return
     table = Table("matrix", "shape", "zeros")
     for row in report["tensors"]:
         table.add_row(row["name"], "x".join(map(str, row["shape"])), f"{row['planned']:,}")
@@ -229,15 +239,26 @@ def _show_plan(report: dict[str, Any]) -> None:
 
 
 def _show_result(report: dict[str, Any], out: Path | None) -> None:
-    rows, totals, run = report["tensors"], report["totals"], report["run"]
-    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    run = report["run"]
     for warning in report["warnings"]:
         errors.print(f"warning: {warning}", markup=False, style="yellow", soft_wrap=True)
     print(
-        f"{out}: {len(rows)} matrices pruned, {totals['zeros']:,} of their {weights:,} weights are zero "
-        f"({totals['zeros'] / weights:.1%}); {run['seconds']:.1f} s, "
+        f"{out}: {_achieved(report)}; {run['seconds']:.1f} s, "
         f"{run['peak_memory']['anonymous'] / 2**20:.0f} MiB at peak; {report['verified']}"
     )
+
+
+def _achieved(report: dict[str, Any]) -> str:
+    rows, totals = report["tensors"], report["totals"]
+    if "structure" in report:
+        before, after = totals["params_before"], totals["params_after"]
+        zeros = f", of which {totals['zeros']:,} are zero" if totals["zeros"] else ""
+        gone = report["structure"]["dropped"]
+        layers = f"layers {', '.join(map(str, gone['layers']))} left out, " if gone["layers"] else ""
+        return f"{layers}{after:,} of {before:,} parameters stay ({after / before:.1%}){zeros}"
+    weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
+    zeros = f"{totals['zeros']:,} of their {weights:,} weights are zero ({totals['zeros'] / weights:.1%})"
+    return f"{len(rows)} matrices pruned, {zeros}"
 
 
 def _fail(code: int, text: str) -> NoReturn:

@@ -22,14 +22,14 @@ from llmprune.calibration import Tokens
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, companions, resolve
-from llmprune.checkpoint.verify import verify
+from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
-from llmprune.plan import allocate, select_matrices
+from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.result import Result
@@ -43,12 +43,10 @@ class Job:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
     ) -> None:
-        recipe.budget()
         self.recipe = recipe
         self._kernels: dict[str, Any] = {}
-        self.method = method_of(recipe)
-        self._epochs = epochs_of(recipe)
-        self._allocator = allocator(recipe.allocation)
+        self.method: Any = method_of(recipe)
+        self._check_amount()
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)
         self.checkpoint = None if self.folder is None else Checkpoint(self.folder)
@@ -62,9 +60,20 @@ class Job:
             self.dtype = choose_dtype(recipe.engine.dtype, self.config, self.device)
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
-        self.plan = select_matrices(self.model, recipe)
+        self.plan = self._make_plan()
         self.tokens = self._read_tokens() if self.method.needs else None
         self.output = None if out is None else Output(Path(out), self.fingerprint())
+
+    def _check_amount(self) -> None:
+        """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
+        if self.method.kind != "weight":
+            raise UserError(f"{self.recipe.method!r} is no method for weights")
+        self.recipe.budget()
+        self._epochs = epochs_of(self.recipe)
+        self._allocator = allocator(self.recipe.allocation)
+
+    def _make_plan(self) -> Plan:
+        return select_matrices(self.model, self.recipe)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Everything that can still be wrong before work starts; raises UserError."""
@@ -209,9 +218,12 @@ class Job:
             self.model.save_pretrained(folder)
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
-        expected = self.model if isinstance(weights, Resident) else None
+        expected = self._logits_in_memory if isinstance(weights, Resident) else None
         unused = weights.unused if isinstance(weights, Streamed) else []
         return verify(folder, expected, unused, trust_remote_code=self.recipe.trust_remote_code)
+
+    def _logits_in_memory(self, ids: torch.Tensor) -> torch.Tensor:
+        return logits(self.model, ids)
 
     def _describe_calibration(self) -> dict[str, Any] | None:
         if self.tokens is None:
@@ -242,13 +254,10 @@ class Job:
             left_alone.update(dict.fromkeys(weights.unused, "not used by the model class; carried over as it is"))
         tied = self.model.all_tied_weights_keys
         params = sum(one.numel() for name, one in self.model.named_parameters() if name not in tied)
+        described = self._describe_run(memory, started)
+        described["run"]["matrix_seconds"] = {name: value for unit in units for name, value in unit["seconds"].items()}
         return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "versions": versions(),
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "calibration": self._describe_calibration(),
-            "layout": "plain",
+            **described,
             "tensors": tensors,
             "layers": [{"name": unit.name, "fit": weights.records[unit.name]["fit"]} for unit in self.plan.units],
             "left_alone": left_alone,
@@ -259,13 +268,23 @@ class Job:
             },
             "warnings": list(_warnings(tensors, self.tokens)),
             "verified": verified,
+        }
+
+    def _describe_run(self, memory: PeakMemory, started: float) -> dict[str, Any]:
+        """The part of the report that every kind of job has: what was asked, on what, and what it took."""
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": versions(),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "calibration": self._describe_calibration(),
+            "layout": "plain",
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
                 "kernels": self._kernels,
                 "threads": torch.get_num_threads(),
                 "processor": platform.machine(),
-                "matrix_seconds": {name: value for unit in units for name, value in unit["seconds"].items()},
             },
         }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llmprune.types import Budget, Pattern, UserError
 
@@ -21,7 +21,15 @@ def _as_names(value: Any) -> Any:
     return [one.strip() for one in value.split(",") if one.strip()] if isinstance(value, str) else value
 
 
+def _as_layers(value: Any) -> Any:
+    """`"4"` is how many layers, `"5,6,7"` (or `"5,"`) which."""
+    if not isinstance(value, str):
+        return value
+    return [one.strip() for one in value.split(",") if one.strip()] if "," in value else value
+
+
 Names = Annotated[list[str], BeforeValidator(_as_names)]
+Layers = Annotated[int | list[int] | None, BeforeValidator(_as_layers)]
 
 
 class _Strict(BaseModel):
@@ -82,17 +90,37 @@ class Recipe(_Strict):
     reconstruct: int | None = Field(
         default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
     )
+    drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
+    drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
     allocation: str = "uniform"
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
     calibration: Calibration = Field(default_factory=Calibration)
     engine: Engine = Field(default_factory=Engine)
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list, description="recipe keys of each stage, over those of the recipe, for several in a row"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     trust_remote_code: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_method(cls, data: Any) -> Any:
+        """The method that goes with a structural amount, where none is named."""
+        if isinstance(data, dict) and "method" not in data:
+            drop = _as_layers(data.get("drop_layers"))
+            if drop is not None:
+                return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
+            if data.get("drop_experts") is not None:
+                return {**data, "method": "reap"}
+        return data
+
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
+        for key in ("drop_layers", "drop_experts"):
+            if getattr(self, key) is not None:
+                raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")
@@ -165,6 +193,34 @@ def validate(data: dict[str, Any]) -> Recipe:
             known = _keys(first["loc"][:-1])
             raise UserError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise UserError(f"recipe key {where!r}: {first['msg']} (got {first['input']!r})") from error
+
+
+# Keys that a stage does not take over from the recipe: they belong to one method.
+OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+
+
+def stages_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe of every stage; raises UserError for a stage that is none, or amounts outside the stages."""
+    if not recipe.stages:
+        return []
+    base = recipe.model_dump(exclude={"stages", *OWN})
+    fields = type(recipe).model_fields
+    outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
+    if outside:
+        raise UserError(f"{outside[0]} belongs into one of the stages, not beside them")
+    for stage in recipe.stages:
+        if "stages" in stage or "model" in stage:
+            raise UserError("a stage has neither a model nor stages of its own")
+    return [validate(_merged(base, stage)) for stage in recipe.stages]
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = {**base[key], **value} if both else value
+    return merged
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -124,6 +124,22 @@ class Streamed:
         """What was recorded of every finished unit, by an earlier run or this one."""
         return self._output.records if self._output else {}
 
+    @property
+    def routing(self) -> Routing:
+        """Which tensor of the checkpoint feeds which parameter."""
+        return self._routing
+
+    def stored(self, unit: Unit, replaced: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint tensors of a unit in their stored dtype, some of its parameters with other values."""
+        if not replaced:
+            return {key: self._checkpoint.tensor(key) for key in self._routing.keys_under(unit.prefix)}
+        self.load(unit)
+        for name, value in replaced.items():
+            unit.module.get_parameter(name.removeprefix(unit.prefix)).data.copy_(value)
+        tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
+        self.free(unit)
+        return tensors
+
     def commit_rest(self) -> None:
         """Write everything that lies outside the units, byte for byte as it was read."""
         assert self._output is not None
@@ -161,7 +177,8 @@ class Streamed:
                 if any(True for _ in module.parameters(recurse=False)):
                     stack.callback(module.register_forward_pre_hook(arrive).remove)
             # a forward may ask on which device the embedding lies before it calls it
-            arrive(self._model.get_input_embeddings(), ())
+            embedding = self._model.get_input_embeddings()
+            stack.callback(self._model.register_forward_pre_hook(lambda *_: arrive(embedding, ())).remove)
             yield
 
     def _free_rest(self) -> None:

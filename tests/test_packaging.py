@@ -38,6 +38,8 @@ LAYERS = {
     "result": 4,
     "pipeline": 4,
     "job": 5,
+    "restructuring": 5,
+    "stages": 6,
     "inspection": 5,
     "sparse": 5,
     "eval": 6,

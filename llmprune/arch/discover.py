@@ -117,7 +117,7 @@ def _routers(layer: nn.Module) -> set[int]:
     routers = set()
     for path, block in expert_blocks(layer):
         parent = layer.get_submodule(path.rpartition(".")[0]) if path else layer
-        count = _expert_count(block)
+        count = expert_count(block)
         # a block that owns its experts as a list holds its router itself
         for holder in (parent, block):
             for name, module in holder.named_modules():
@@ -129,7 +129,8 @@ def _routers(layer: nn.Module) -> set[int]:
     return routers
 
 
-def _expert_count(block: nn.Module) -> int:
+def expert_count(block: nn.Module) -> int:
+    """How many experts a block of `expert_blocks` holds."""
     for parameter in block.parameters(recurse=False):
         if holds_experts(block, parameter):
             return parameter.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +17,15 @@ SHARE = 0.25
 
 
 def verify(
-    folder: Path, expected: PreTrainedModel | None, unused: list[str], *, trust_remote_code: bool = False
+    folder: Path,
+    expected: Callable[[torch.Tensor], torch.Tensor] | None,
+    unused: list[str],
+    *,
+    of: str = "in memory",
+    dtype: torch.dtype | str = "auto",
+    trust_remote_code: bool = False,
 ) -> str:
-    """Reload `folder` with plain `from_pretrained`; compare logits with `expected` if that is in memory.
+    """Reload `folder` with plain `from_pretrained`; compare logits with those that `expected` gives for token ids (those `of` what, in words, computed in `dtype`).
 
     A checkpoint too large for a second copy is not reloaded: its bytes were compared as they were
     written. Returns what was done, for the report. Raises RunError if the model is not what was pruned.
@@ -28,25 +35,26 @@ def verify(
         return "bytes compared; too large to reload here"
     with quiet_loader():
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, trust_remote_code=trust_remote_code
+            folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
         )
     strange = sorted(set(info["unexpected_keys"]) - set(unused))
     lost = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if strange or lost:
         raise RunError(f"the saved model does not load plainly: missing {lost[:3]}, unexpected {strange[:3]}")
     ids = torch.arange(1, 9).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
-    logits = _logits(model, ids)
-    if not bool(torch.isfinite(logits).all()):
+    found = logits(model, ids)
+    if not bool(torch.isfinite(found).all()):
         raise RunError("the saved model gives NaN or infinity")
     if expected is not None:
-        gap = float((logits - _logits(expected, ids)).abs().max())
-        if gap > 1e-3 * max(float(logits.abs().max()), 1.0):
-            raise RunError(f"the saved model's logits differ from those in memory by {gap:.2e}")
-        return "reloaded; logits equal those in memory"
+        gap = float((found - expected(ids).float().cpu()).abs().max())
+        if gap > 1e-3 * max(float(found.abs().max()), 1.0):
+            raise RunError(f"the saved model's logits differ from those expected by {gap:.2e}")
+        return f"reloaded; logits equal those {of}"
     return "reloaded; bytes compared"
 
 
-def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The model's logits for token ids, in float32 on the CPU."""
     with torch.no_grad():
-        logits: torch.Tensor = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
-    return logits.float().cpu()
+        found: torch.Tensor = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
+    return found.float().cpu()

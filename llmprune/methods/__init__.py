@@ -8,13 +8,29 @@ from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
 from llmprune.recipe import Recipe, nearest
-from llmprune.types import Method, UserError
+from llmprune.types import UserError
 
 METHODS = {
     "magnitude": "llmprune.methods.weight.magnitude:Magnitude",
     "wanda": "llmprune.methods.weight.wanda:Wanda",
     "sparsegpt": "llmprune.methods.weight.sparsegpt:SparseGPT",
     "admm": "llmprune.methods.weight.admm:Admm",
+    "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
+    "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
+    "angular": "llmprune.methods.depth.angular:Angular",
+    "sleb": "llmprune.methods.depth.sleb:SLEB",
+    "blockpruner": "llmprune.methods.depth.blockpruner:BlockPruner",
+    "shortened-llama": "llmprune.methods.depth.shortened_llama:ShortenedLlama",
+    "llm-drop": "llmprune.methods.depth.llm_drop:LLMDrop",
+    "laco": "llmprune.methods.depth.laco:LaCo",
+    "replaceme": "llmprune.methods.depth.replaceme:ReplaceMe",
+    "linearpatch": "llmprune.methods.depth.linearpatch:LinearPatch",
+    "llm-streamline": "llmprune.methods.depth.llm_streamline:LLMStreamline",
+    "reap": "llmprune.methods.expert.reap:REAP",
+    "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
+    "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
+    "expert-subset": "llmprune.methods.expert.subset:ExpertSubset",
+    "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
 }
 
 
@@ -41,22 +57,25 @@ def epochs_of(recipe: Recipe) -> int:
     return by_default if recipe.reconstruct is None else recipe.reconstruct
 
 
-def method_of(recipe: Recipe) -> Method:
+def method_of(recipe: Recipe) -> Any:
     """What a recipe asks for, steps before and after included; raises UserError."""
     preset = PRESETS.get(recipe.method, Preset(recipe.method))
+    method = make_method(preset.method, recipe.options)
+    if method.kind != "weight":
+        return method
     refine = preset.refine if recipe.refine is None else recipe.refine
     update = preset.update if recipe.update is None else recipe.update
     strength = preset.retarget if recipe.retarget is None else recipe.retarget
     for key, value, known in (("refine", refine, REFINEMENTS), ("update", update, UPDATES)):
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
-    method = make_method(preset.method, recipe.options)
     refine, update = (None if one == "none" else one for one in (refine, update))
     return Composed(method, refine, update, strength) if refine or update or strength else method
 
 
 def method_class(name: str) -> Any:
     """The class behind a method name, or behind the user's own `module:Class`; raises UserError."""
+    name = PRESETS[name].method if name in PRESETS else name
     path = METHODS.get(name, name if ":" in name else "")
     if not path:
         raise UserError(f"unknown method {name!r}{nearest(name, [*METHODS, *PRESETS])}")
@@ -67,7 +86,7 @@ def method_class(name: str) -> Any:
         raise UserError(f"the method {name!r} cannot be imported: {error}") from error
 
 
-def make_method(name: str, options: dict[str, Any]) -> Method:
+def make_method(name: str, options: dict[str, Any]) -> Any:
     """The method with its options set; raises UserError for an option that it does not have."""
     cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
@@ -78,10 +97,9 @@ def make_method(name: str, options: dict[str, Any]) -> Method:
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
             raise UserError(f"option {key}={value!r} of method {name!r} must be a {type(default).__name__}")
     try:
-        method: Method = cls(**options)
+        return cls(**options)
     except ValueError as error:
         raise UserError(f"method {name!r}: {error}") from error
-    return method
 
 
 def _accepted(default: Any) -> tuple[type, ...]:

@@ -58,7 +58,8 @@ class Composed:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
-        if not self.planned(*matrix.weight_OI.shape, budget):
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return self.method.solve(matrix, stats, budget)
         system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
         target_OI, notes = matrix.weight_OI, {}

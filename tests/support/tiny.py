@@ -7,6 +7,7 @@ routers and padding embeddings differ from row to row, so that a mistake about a
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def build(name: str, *, seed: int = 0) -> PreTrainedModel:
     """The tiny model `name` in float32, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(TINY[name], dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(TINY[name]), dtype=torch.float32)
         with torch.no_grad():
             for tensor in model.state_dict(keep_vars=True).values():
                 if tensor.is_floating_point():

@@ -1,0 +1,230 @@
+"""Structural edits of a model: which layers and experts stay, as one value, and how a checkpoint follows it.
+
+What must be cut is read off two skeletons, of the old and of the new configuration: a tensor whose
+shape differs between them is cut along the axis that differs. A kept layer must be the same kind of
+layer at its new place; where a configuration cannot say so, the edit is refused before work starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from llmprune.arch.discover import decoder_layers, expert_blocks, expert_count
+from llmprune.checkpoint.layer_lists import edit_config
+from llmprune.types import RunError, UserError
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What becomes of a model of `depth` layers; every index counts in the model as it was.
+
+    `layers`: those that stay, in order. `experts`: which experts of a layer stay, in order; layers not
+    named keep all. `replaced`: parameters that get other values, by name, in their shape before the cut.
+    """
+
+    depth: int
+    layers: tuple[int, ...]
+    experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def drop(cls, depth: int, dropped: Iterable[int]) -> Surgery:
+        """Leave out the layers `dropped` and nothing else."""
+        gone = set(dropped)
+        return cls(depth, tuple(index for index in range(depth) if index not in gone))
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        return tuple(index for index in range(self.depth) if index not in self.layers)
+
+    def with_values(self, replaced: dict[str, torch.Tensor]) -> Surgery:
+        return replace(self, replaced={**self.replaced, **replaced})
+
+
+def edited_config(model: PreTrainedModel, config: Any, surgery: Surgery) -> Any:
+    """The configuration of the model after `surgery`; raises UserError for what it cannot express."""
+    layers = decoder_layers(model)[1]
+    counts = {index: blocks[0] for index, layer in enumerate(layers) if (blocks := _expert_counts(layer))}
+    kept = {len(surgery.experts.get(index, range(counts[index]))) for index in surgery.layers if index in counts}
+    if len(kept) > 1:
+        raise UserError(f"layers would keep {sorted(kept)} experts; a configuration holds one number for all of them")
+    experts = (counts[min(counts)], kept.pop()) if surgery.experts and kept else None
+    sparse = [bool(index in counts) for index in range(surgery.depth)]
+    return edit_config(config, surgery.layers, surgery.depth, sparse, experts)
+
+
+def _expert_counts(layer: nn.Module) -> list[int]:
+    return [expert_count(block) for _, block in expert_blocks(layer)]
+
+
+class Cutter:
+    """Carries tensors of the old model over to the new one: their names, and what is left of them.
+
+    `old` and `new` are models of the two configurations; weights are not read. Raises UserError if
+    a kept layer would be another kind of layer in the new model.
+    """
+
+    def __init__(self, old: PreTrainedModel, new: PreTrainedModel, surgery: Surgery) -> None:
+        self.path, old_layers = decoder_layers(old)
+        _, new_layers = decoder_layers(new)
+        self.surgery = surgery
+        self.place = {index: place for place, index in enumerate(surgery.layers)}
+        self._shapes = {name: one.shape for name, one in old.state_dict().items()}
+        self._new_shapes = {name: one.shape for name, one in new.state_dict().items()}
+        if len(new_layers) != len(surgery.layers):
+            raise UserError(
+                f"{type(old).__name__} takes its number of layers from elsewhere than num_hidden_layers; "
+                "its layers cannot be dropped"
+            )
+        counts = None
+        if surgery.experts:
+            index, stay = next(iter(surgery.experts.items()))
+            counts = (_expert_counts(old_layers[index])[0], len(stay))
+        for place, index in enumerate(surgery.layers):
+            change = _difference(old_layers[index], new_layers[place], {(index, place), counts})
+            if change:
+                raise UserError(
+                    f"layer {index} would be another kind of layer as number {place} ({change}): "
+                    f"{type(old.config).__name__} derives this from the position and has no key for it; "
+                    "drop other layers"
+                )
+
+    def layer_key(self, key: str, index: int) -> str:
+        """The key of a tensor of layer `index` at its new place: its first number is that of the layer."""
+        parts = key.split(".")
+        where = next((number for number, part in enumerate(parts) if part.isdigit()), None)
+        if where is None or parts[where] != str(index):
+            raise RunError(f"{key!r} does not name its layer {index}")
+        parts[where] = str(self.place[index])
+        return ".".join(parts)
+
+    def cut(
+        self, key: str, parameter: str, tensor: torch.Tensor, index: int, kept: tuple[int, ...] = ()
+    ) -> tuple[str, torch.Tensor] | None:
+        """Name and value in the new model of the tensor `key` of layer `index`, which feeds `parameter`.
+
+        None if it belonged to an expert that is left out. `kept`: other experts than the edit says, as many.
+        """
+        renamed = self.layer_key(key, index)
+        axis = self._axis(parameter, index)
+        if axis is None:
+            return renamed, tensor
+        kept = kept or self.surgery.experts[index]
+        number = _expert_number(key)
+        # one tensor an expert, where the model has one parameter for all
+        if number is not None and tensor.dim() < len(self._shapes[parameter]):
+            if number not in kept:
+                return None
+            return _renumber(renamed, kept.index(number)), tensor
+        if tensor.shape[axis] != self._shapes[parameter][axis]:
+            raise RunError(f"{key!r} has another shape than {parameter}, so its experts cannot be told apart")
+        return renamed, tensor.index_select(axis, torch.tensor(kept, device=tensor.device)).contiguous()
+
+    def saved(self, index: int) -> int:
+        """How many parameters each expert that is left out of layer `index` had."""
+        prefix = f"{self.path}.{index}."
+        total = 0
+        for name, shape in self._shapes.items():
+            axis = self._axis(name, index) if name.startswith(prefix) else None
+            total += 0 if axis is None else shape.numel() // shape[axis]
+        return total
+
+    def _axis(self, parameter: str, index: int) -> int | None:
+        """Along which axis the experts of a parameter lie; None if it has none or all stay."""
+        if parameter not in self._shapes or index not in self.surgery.experts:
+            return None
+        before = self._shapes[parameter]
+        name = f"{self.path}.{self.place[index]}.{parameter.removeprefix(f'{self.path}.{index}.')}"
+        after = self._new_shapes[name]
+        return next((axis for axis in range(len(before)) if before[axis] != after[axis]), None)
+
+
+def cut_in_place(model: PreTrainedModel, new: PreTrainedModel, cutter: Cutter) -> None:
+    """Give a loaded model the layers of `new`, filled with its own weights.
+
+    The list of layers is replaced: hooks that the caller put on layers are gone. Everything that a layer
+    knows of its place (`layer_idx`, kind of attention, number of experts) comes from the new configuration.
+    """
+    surgery, path = cutter.surgery, cutter.path
+    training = decoder_layers(model)[1].training
+    for name, value in surgery.replaced.items():
+        parameter = model.get_parameter(name)
+        parameter.data = value.to(parameter.device, parameter.dtype)
+    fresh = new.get_submodule(path)
+    for place, index in enumerate(surgery.layers):
+        old_layer = model.get_submodule(f"{path}.{index}")
+        trainable = {name: one.requires_grad for name, one in old_layer.named_parameters()}
+        state = {}
+        for short, tensor in old_layer.state_dict().items():
+            full = f"{path}.{index}.{short}"
+            found = cutter.cut(full, full, tensor, index)
+            assert found is not None
+            state[found[0].removeprefix(f"{path}.{place}.")] = found[1]
+        layer = fresh.get_submodule(str(place))
+        layer.load_state_dict(state, assign=True)
+        layer.to(model.device)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(trainable[name])
+    holder, _, short = path.rpartition(".")
+    setattr(model.get_submodule(holder), short, fresh)
+    fresh.train(training)
+    for mine, theirs in zip(_configs(model.config), _configs(new.config), strict=True):
+        for key, value in vars(theirs).items():
+            # what begins with an underscore is how the model runs here, not what it is
+            if not key.startswith("_") and not isinstance(value, PreTrainedConfig):
+                setattr(mine, key, value)
+        for module in fresh.modules():
+            if getattr(module, "config", None) is theirs:
+                module.config = mine
+    for name, module in new.named_modules():
+        if not f"{name}.".startswith(f"{path}."):
+            vars(model.get_submodule(name)).update({k: v for k, v in vars(module).items() if type(v) is int})
+
+
+def _configs(config: Any) -> list[Any]:
+    text = config.get_text_config()
+    return [config] if text is config else [config, text]
+
+
+def _expert_number(key: str) -> int | None:
+    numbers = [part for part in key.split(".") if part.isdigit()]
+    return int(numbers[1]) if len(numbers) > 1 else None
+
+
+def _renumber(key: str, number: int) -> str:
+    parts = key.split(".")
+    second = [place for place, part in enumerate(parts) if part.isdigit()][1]
+    parts[second] = str(number)
+    return ".".join(parts)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _difference(old: nn.Module, new: nn.Module, expected: set[tuple[int, int] | None]) -> str:
+    """In what two layers differ; "" if in nothing but whole numbers that change as `expected`: place, experts."""
+    mine, theirs = dict(old.named_modules()), dict(new.named_modules())
+    # a list of experts may become shorter, where their number changes
+    if not theirs.keys() <= mine.keys() or (None in expected and mine.keys() != theirs.keys()):
+        odd = min(mine.keys() ^ theirs.keys())
+        return f"{odd} is in one of them only"
+    for name, module in theirs.items():
+        if type(mine[name]) is not type(module):
+            return f"{name} is a {type(mine[name]).__name__}, then a {type(module).__name__}"
+        for key, value in vars(module).items():
+            before = vars(mine[name]).get(key)
+            plain = isinstance(value, _PLAIN) and isinstance(before, _PLAIN) and value != before
+            if plain and (type(value) is not int or (before, value) not in expected):
+                return f"{name}.{key} is {before!r}, then {value!r}".lstrip(".")
+        kept = module._non_persistent_buffers_set
+        for key in kept:
+            before, after = mine[name]._buffers.get(key), module._buffers.get(key)
+            if before is not None and after is not None and not torch.equal(before, after.to(before.device)):
+                return f"{name}.{key} holds other numbers"
+    return ""

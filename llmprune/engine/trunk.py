@@ -1,0 +1,208 @@
+"""The stack of decoder layers taken apart: each layer as a function of the hidden state.
+
+One forward in which the layers do nothing tells what every layer is called with besides the hidden
+state (masks, rotary tables) and what enters the first. From then on layers run one at a time, on any
+state, in any order: skipped, repeated, or for many variants of the model while their weights are loaded.
+The rest of the model (norm, head) is again its own forward, with the layers doing nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from llmprune.arch.discover import Unit
+from llmprune.types import RunError
+from llmprune.weights import Weights
+
+# The hidden states of a variant of the model, one tensor (sequences x tokens x width) a batch.
+States = list[torch.Tensor]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(BaseException):
+    """Raised in the last layer: what comes after it is not wanted."""
+
+
+class Trunk:
+    """A model on calibration `batches` (keyword arguments of its forward), layer by layer.
+
+    `runs` counts how often a layer ran on all batches: the cost of a method in units of work.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, units: list[Unit], batches: list[dict[str, torch.Tensor]], weights: Weights
+    ) -> None:
+        self.model, self.units, self.batches = model, units, batches
+        self._weights = weights
+        self._calls: list[list[Call]] = []
+        self._tuples = False
+        self.runs = 0
+
+    @property
+    def depth(self) -> int:
+        return len(self.units)
+
+    def first(self, sequences: int) -> Trunk:
+        """The same model on the first sequences only."""
+        batches: list[dict[str, torch.Tensor]] = []
+        for batch in self.batches:
+            if sequences > 0:
+                batches.append({key: one[:sequences] for key, one in batch.items()})
+                sequences -= len(batch["input_ids"])
+        return Trunk(self.model, self.units, batches, self._weights)
+
+    def enter(self) -> States:
+        """What enters the first layer, for every batch."""
+        self._calls, states = [], []
+        for number, batch in enumerate(self.batches):
+            calls: list[Call] = []
+            with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=number == 0):
+                self.model(**batch, use_cache=False)
+            states.append(_hidden(*calls[0]))
+            self._calls.append([_without_hidden(*call) for call in calls])
+        return states
+
+    @contextlib.contextmanager
+    def loaded(self, *layers: int) -> Iterator[None]:
+        """While active, the weights of some layers are usable."""
+        for index in layers:
+            self._weights.load(self.units[index])
+        try:
+            yield
+        finally:
+            for index in layers:
+                self._weights.free(self.units[index])
+
+    def run(self, index: int, states: States, *, batches: range | None = None) -> States:
+        """Layer `index` on the hidden states of all (or some) batches; its weights must be loaded."""
+        numbers = range(len(states)) if batches is None else batches
+        self.runs += batches is None
+        return [self.apply(index, number, state) for number, state in zip(numbers, states, strict=True)]
+
+    def apply(self, index: int, batch: int, state: torch.Tensor) -> torch.Tensor:
+        """Layer `index` on one state that belongs to `batch`."""
+        args, kwargs = _with_hidden(*self._calls[batch][index], state)
+        version = state._version
+        output = self.units[index].module(*args, **kwargs)
+        if state._version != version:
+            raise RunError(f"{self.units[index].name} changes its own input in place, so variants cannot share it")
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def walk(self, states: States) -> Iterator[tuple[int, States]]:
+        """Run through all layers, yielding each index and its outputs, with its weights still loaded."""
+        for index in range(self.depth):
+            with self.loaded(index):
+                states = self.run(index, states)
+                yield index, states
+
+    def logits(self, batch: int, state: torch.Tensor) -> torch.Tensor:
+        """The model's logits (sequences x tokens x vocabulary) if `state` leaves the last layer."""
+        with self._bypassed([], state):
+            logits: torch.Tensor = self.model(**self.batches[batch], use_cache=False).logits
+        return logits
+
+    def loss(self, states: States) -> float:
+        """Mean negative log likelihood of the next token, all tokens of all batches weighing the same."""
+        total, count = 0.0, 0
+        for number, state in enumerate(states):
+            nll = token_losses(self.logits(number, state), self.batches[number]["input_ids"])
+            total += float(nll.double().sum())
+            count += nll.numel()
+        return total / count
+
+    @contextlib.contextmanager
+    def _bypassed(self, calls: list[Call], result: torch.Tensor | None, *, probe: bool = False) -> Iterator[None]:
+        """While active, layers return what they get, and the last one `result` (or ends the forward).
+
+        `calls` receives the arguments of every layer. `probe`: layer 0 really runs once, to see whether
+        the layers of this class return tuples.
+        """
+
+        def bypass(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                calls.append((args, kwargs))
+                if index == self.depth - 1:
+                    if result is None:
+                        raise _Enough
+                    return (result,) if self._tuples else result
+                hidden = _hidden(args, kwargs)
+                return (hidden,) if self._tuples else hidden
+
+            return forward
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            del layers[0].forward
+            with self.loaded(0):
+                self._tuples = isinstance(layers[0](*args, **kwargs), tuple)
+            layers[0].forward = bypass(0)
+            return layers[0].forward(*args, **kwargs)
+
+        layers: list[Any] = [unit.module for unit in self.units]
+        for index, layer in enumerate(layers):
+            layer.forward = first if probe and index == 0 else bypass(index)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
+
+
+def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Negative log likelihood of every token but the first, sequences x (tokens - 1)."""
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+@contextlib.contextmanager
+def silenced(modules: list[nn.Module]) -> Iterator[None]:
+    """While active, these modules put out zeros, as if their weights and biases were zero."""
+
+    def zero(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (torch.zeros_like(output[0]), *output[1:])
+        return torch.zeros_like(output)
+
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(zero).remove)
+        yield
+
+
+@contextlib.contextmanager
+def holding(module: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[dict[str, nn.Parameter]]:
+    """While active, the parameters of a module have other values; yields them."""
+    before = dict(module.named_parameters())
+    held = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in values.items()}
+    _put(module, held)
+    try:
+        yield held
+    finally:
+        _put(module, {name: before[name] for name in held})
+
+
+def _put(module: nn.Module, values: dict[str, nn.Parameter]) -> None:
+    for name, value in values.items():
+        owner, _, short = name.rpartition(".")
+        module.get_submodule(owner)._parameters[short] = value
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    if args:
+        return (None, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": None}
+
+
+def _with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], state: torch.Tensor) -> Call:
+    return ((state, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": state})

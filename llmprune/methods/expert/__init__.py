@@ -1,0 +1,1 @@
+"""Methods that decide which experts a model can do without."""

@@ -1,0 +1,516 @@
+"""Layers left out: the checkpoint is the model that skips them, and every method decides by its own formula."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runner
+import tiny
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPTNeoConfig, JambaConfig, PreTrainedModel, Qwen2Config
+
+import llmprune
+from llmprune.arch.discover import decoder_layers, find_units
+from llmprune.checkpoint.layer_lists import edit_config
+from llmprune.engine.fold import measure
+from llmprune.engine.gradients import saliency
+from llmprune.engine.similarity import turns
+from llmprune.engine.trunk import Trunk
+from llmprune.kernels.product import FastLinear
+from llmprune.methods.depth.laco import collapse, mixed
+from llmprune.methods.depth.linearpatch import hadamard
+from llmprune.types import UserError
+from llmprune.weights import Resident
+
+# Layer 0 is the odd one where kinds differ: dense before sparse, sliding before full attention.
+SKIPPED = {
+    "llama": [1],
+    "qwen3": [0, 2],
+    "gemma3": [0],
+    "opt": [1],
+    "gpt2": [0, 1],
+    "gpt-neox": [2],
+    "phi3": [1],
+    "mixtral": [1],
+    "qwen3-moe": [0],
+    "deepseek-v3": [0],
+    "gpt-oss": [0],
+    "bloom": [1],
+    "llama4": [0],
+    "mamba": [1],
+    "qwen3-next": [0],
+}
+TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def skip(model: PreTrainedModel, layers: list[int]) -> PreTrainedModel:
+    """The model with some layers' forward replaced by nothing: the reference for every drop."""
+    wrap = (lambda one: (one,)) if model.config.model_type in ("bloom", "gpt_neo") else (lambda one: one)
+    for index in layers:
+        decoder_layers(model)[1][index].forward = lambda hidden_states, *_, **__: wrap(hidden_states)
+    return model
+
+
+@torch.no_grad()
+def loss(model: PreTrainedModel, rows: list[list[int]] = TEXT) -> float:
+    ids = torch.tensor(rows)
+    nll = F.cross_entropy(logits(model, ids)[:, :-1].double().flatten(0, 1), ids[:, 1:].flatten())
+    return float(nll)
+
+
+def trunk_of(model: PreTrainedModel, rows: list[list[int]] = TEXT) -> Trunk:
+    model.requires_grad_(False)
+    return Trunk(model, find_units(model, head=False), [{"input_ids": torch.tensor(rows)}], Resident(model))
+
+
+@pytest.fixture
+def five(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A llama of five layers as `tiny.TINY["llama"]`."""
+    config = copy.deepcopy(tiny.TINY["llama"])
+    config.num_hidden_layers = 5
+    monkeypatch.setitem(tiny.TINY, "llama", config)
+
+
+# The checkpoint.
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_dropping_is_skipping(name: str, tmp_path: Path) -> None:
+    source = tiny.save(name, tmp_path / "dense")
+    dropped = SKIPPED[name]
+    report = llmprune.prune(source, out=tmp_path / "out", drop_layers=dropped).report
+    small, ids = load(tmp_path / "out"), tiny.tokens(2, 12)
+    expected = logits(skip(tiny.build(name), dropped), ids)
+    assert float((logits(small, ids) - expected).abs().max()) <= 1e-6
+    assert report["structure"]["dropped"]["layers"] == dropped
+    assert report["totals"]["params_after"] == sum(one.numel() for one in small.parameters())
+    written = [
+        small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=cache)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "deepseek-v3", "llama4"])
+def test_a_loaded_model_is_cut_where_it_lies(name: str, tmp_path: Path) -> None:
+    model, ids = tiny.build(name), tiny.tokens(2, 12)
+    expected = logits(skip(tiny.build(name), SKIPPED[name]), ids)
+    result = llmprune.prune(model, out=tmp_path / "out", drop_layers=SKIPPED[name])
+    assert result.model is model
+    for cut in (model, load(tmp_path / "out")):
+        assert float((logits(cut, ids) - expected).abs().max()) <= 1e-6
+        assert len(decoder_layers(cut)[1]) == cut.config.num_hidden_layers == 3 - len(SKIPPED[name])
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-6)  # with the cache
+    assert all(one.requires_grad for one in model.parameters())
+
+
+def test_kept_layers_keep_their_bytes_and_tensors_beside_the_model_stay(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = tiny.save("llama", tmp_path / "dense")
+    stored = load_file(source / "model.safetensors")
+    stored["model.layers.2.self_attn.rotary_emb.inv_freq"] = torch.arange(4.0)
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(3.0)
+    stored["mtp.weight"] = torch.ones(2)
+    save_file(
+        {key: one.to(torch.bfloat16) for key, one in stored.items()}, source / "model.safetensors", {"format": "pt"}
+    )
+    llmprune.prune(source, out=tmp_path / "out", drop_layers=[0])
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    before = load_file(source / "model.safetensors")
+    for key, one in found.items():
+        parts = key.split(".")
+        if parts[:2] == ["model", "layers"]:
+            parts[2] = str(int(parts[2]) + 1)
+        assert torch.equal(one, before[".".join(parts)]) and one.dtype == torch.bfloat16
+    gone = {key for key in before if key.startswith("model.layers.0.")}
+    assert len(found) == len(before) - len(gone)
+    assert "model.layers.1.self_attn.rotary_emb.inv_freq" in found and "mtp.weight" in found
+
+
+def test_sharded_checkpoints_and_equal_bytes(tmp_path: Path) -> None:
+    source = tiny.save("mixtral", tmp_path / "dense", shards=True)
+    for out in ("a", "b"):
+        llmprune.prune(source, out=tmp_path / out, method="shortgpt", drop_layers=1, calibration=TEXT)
+    assert runner.product(tmp_path / "a") == runner.product(tmp_path / "b")
+    report = json.loads((tmp_path / "a" / "llmprune.json").read_text())
+    rows, totals = report["structure"]["scores"], report["totals"]
+    assert [row["dropped"] for row in rows].count(True) == 1 and len(rows) == 3
+    assert sum(row["saved"] for row in rows) == totals["params_before"] - totals["params_after"]
+    assert math.isclose(report["structure"]["figures"]["similarity"][1][1], 1, abs_tol=1e-5)
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.checkpoint.output import Output
+
+    source = tiny.save("qwen3-moe", tmp_path / "dense")
+    settings: dict[str, Any] = {"method": "hc-smoe", "drop_experts": 0.25, "calibration": TEXT}
+    llmprune.prune(source, out=tmp_path / "whole", **settings)
+    write, written = Output.write, []
+
+    def stop_at_the_third(self: Output, unit: str, *rest: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(unit)
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Output, "write", stop_at_the_third)
+        llmprune.prune(source, out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--resume"):
+        llmprune.prune(source, out=tmp_path / "out", **settings)
+    llmprune.prune(source, out=tmp_path / "out", resume=True, **settings)
+    assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
+
+
+# Configurations.
+
+
+def test_periods_and_prefixes_become_what_each_kept_layer_was() -> None:
+    moe = copy.deepcopy(tiny.TINY["qwen3-moe"])
+    moe.num_hidden_layers, moe.decoder_sparse_step, moe.mlp_only_layers = 6, 2, [3]
+    sparse = [False, True, False, False, False, True]  # (i + 1) % 2 == 0, and 3 is named
+    edited = edit_config(moe, (1, 2, 3, 5), 6, sparse, None)
+    assert (edited.decoder_sparse_step, edited.mlp_only_layers) == (1, [1, 2])
+    deep = copy.deepcopy(tiny.TINY["deepseek-v3"])
+    deep.num_hidden_layers, deep.first_k_dense_replace = 5, 2
+    assert edit_config(deep, (0, 2, 3), 5, [False, False, True, True, True], None).first_k_dense_replace == 1
+    qwen = Qwen2Config(num_hidden_layers=4, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    edited = edit_config(qwen, (1, 3), 4, [False] * 4, None)
+    assert edited.layer_types == ["full_attention", "sliding_attention"]
+    neo = GPTNeoConfig(num_layers=4, attention_types=[[["global", "local"], 2]])
+    edited = edit_config(neo, (0, 1, 3), 4, [False] * 4, None)
+    assert type(neo).from_dict(edited.to_dict()).attention_layers == ["global", "local", "local"]
+    short = copy.deepcopy(tiny.TINY["llama"])
+    short.eos_token_id = [5, 6, 7]  # as long as the model is deep, but no list of layers
+    assert edit_config(short, (0,), 3, [False] * 3, None).eos_token_id == [5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["gpt-neo", "qwen2"])
+def test_kinds_of_layers_that_only_position_tells(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 128, **tiny.SPECIAL}
+    configs: dict[str, Any] = {
+        "gpt-neo": GPTNeoConfig(
+            **sizes,
+            hidden_size=32,
+            num_heads=4,
+            num_layers=4,
+            attention_types=[[["global", "local"], 2]],
+            window_size=3,
+        ),
+        "qwen2": Qwen2Config(
+            **{**tiny.MODERN, "num_hidden_layers": 4},
+            **tiny.SPECIAL,
+            use_sliding_window=True,
+            sliding_window=3,
+            max_window_layers=2,
+        ),
+    }
+    monkeypatch.setitem(tiny.TINY, name, configs[name])
+    source = tiny.save(name, tmp_path / "dense")
+    llmprune.prune(source, out=tmp_path / "out", drop_layers=[0, 1])
+    ids = tiny.tokens(2, 12)
+    expected = logits(skip(tiny.build(name), [0, 1]), ids)
+    assert float((logits(load(tmp_path / "out"), ids) - expected).abs().max()) <= 1e-6
+
+
+def test_a_layer_that_would_become_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jamba = JambaConfig(
+        **{**tiny.MODERN, "num_hidden_layers": 4},
+        **tiny.SPECIAL,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    )
+    scaled = copy.deepcopy(tiny.TINY["gpt2"])
+    scaled.scale_attn_by_inverse_layer_idx = True
+    for name, config in (("jamba", jamba), ("gpt2", scaled)):
+        monkeypatch.setitem(tiny.TINY, name, config)
+        with pytest.raises(UserError, match="another kind of layer"):
+            llmprune.prune(tiny.build(name), drop_layers=[0])
+    # without the attention layer, transformers' hybrid cache has nothing to count positions by
+    with pytest.raises(UserError, match="full attention"):
+        llmprune.prune(tiny.build("qwen3-next"), drop_layers=[1])
+    shared = copy.deepcopy(tiny.TINY["llama"])
+    shared.num_kv_shared_layers = 1
+    with pytest.raises(UserError, match="provide"):
+        edit_config(shared, (0, 1), 3, [False] * 3, None)
+
+
+# Scores.
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_turns_are_what_hooks_see(name: str) -> None:
+    model, seen = tiny.build(name), []
+    layers = decoder_layers(model)[1]
+    for layer in layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].double()), with_kwargs=True
+        )
+    layers[-1].register_forward_hook(lambda _, args, out: seen.append(out.double()))
+    logits(model, torch.tensor(TEXT))
+    states, trunk = list(seen), trunk_of(tiny.build(name))
+    for span, last in itertools.product((1, 2, 3), (False, True)):
+        found = turns(trunk, span, last_token=last)
+        for k in range(len(states) - span):
+            a, b = (one[:, -1:] if last else one for one in (states[k], states[k + span]))
+            cos = F.cosine_similarity(a, b, dim=-1)
+            # float32 forwards differ in the last bits; angles lose half the digits near 0 and 1
+            assert math.isclose(found.cosine_distance[k], float((1 - cos).mean()), abs_tol=1e-6)
+            assert math.isclose(found.angle[k], float(torch.arccos(cos.clamp(-1, 1)).mean()) / math.pi, abs_tol=1e-5)
+    assert trunk.runs == 6 * 3  # one pass a call: each layer runs once
+
+
+def test_shortgpt_angular_and_keep_first_choose_by_their_rules(five: None) -> None:
+    model = tiny.build("llama")
+    influence = turns(trunk_of(model), 1).cosine_distance
+    windows = turns(trunk_of(model), 2).angle
+    best = min(range(4), key=windows.__getitem__)
+    chosen = {
+        "shortgpt": sorted(sorted(range(5), key=influence.__getitem__)[:2]),
+        "angular": [best, best + 1],
+        "keep-first": [3, 4],
+    }
+    for method, layers in chosen.items():
+        text = None if method == "keep-first" else TEXT
+        report = llmprune.prune(tiny.build("llama"), method=method, drop_layers=2, calibration=text).report
+        assert report["structure"]["dropped"]["layers"] == layers, method
+
+
+@pytest.mark.parametrize("remember", [True, False])
+def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
+    remember: bool, five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.engine.search.SHARE", 0.25 if remember else 0.0)
+    source = tiny.save("llama", tmp_path / "dense")
+    options = {"protect_first": 0, "protect_last": 0}
+    result = llmprune.prune(
+        source, out=tmp_path / "out", method="sleb", drop_layers=2, calibration=TEXT, options=options
+    )
+    notes = result.report["structure"]["notes"]
+    single = {index: loss(skip(tiny.build("llama"), [index])) for index in range(5)}
+    first = min(single, key=single.__getitem__)
+    pairs = {index: loss(skip(tiny.build("llama"), [first, index])) for index in range(5) if index != first}
+    second = min(pairs, key=pairs.__getitem__)
+    assert notes["removed_in_order"] == [first, second]
+    assert math.isclose(notes["loss_dense"], loss(tiny.build("llama")), rel_tol=1e-6)
+    assert math.isclose(notes["loss_after_each"][0], single[first], rel_tol=1e-6)
+    assert math.isclose(notes["loss_after_each"][1], loss(result.model), rel_tol=1e-6)
+    for row, index in zip(result.report["structure"]["scores"], range(5), strict=True):
+        assert math.isclose(row["score"], single[index], rel_tol=1e-6)
+    # the first round: the model, and variant k from layer k + 1 on
+    runs = 5 + 4 + 3 + 2 + 1
+    # the second: nothing runs through `first`; where the way there is remembered, all begin behind it
+    begin = [0, *(index + 1 for index in pairs)]
+    begin = [max(one, first + 1) if remember else one for one in begin]
+    runs += sum(len([layer for layer in range(one, 5) if layer != first]) for one in begin)
+    assert notes["layer_runs"] == runs < notes["layer_runs_naive"] == 4 * 5 + 3 * 4
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "gpt-neox", "bloom", "gpt-oss", "deepseek-v3"])
+def test_halves_filled_with_zeros_are_halves_left_out(name: str, tmp_path: Path) -> None:
+    source = tiny.save(name, tmp_path / "dense")
+    result = llmprune.prune(source, out=tmp_path / "out", method="blockpruner", drop_layers=1, calibration=TEXT)
+    notes = result.report["structure"]["notes"]
+    # the search silences modules; the checkpoint holds zeros or lacks a layer
+    assert math.isclose(notes["loss_after_each"][-1], loss(result.model), rel_tol=1e-5)
+    removed = [tuple(one) for one in notes["removed_in_order"]]
+    assert len(set(removed)) == 2
+    assert "zeros" in notes["halves"]
+
+
+def test_llm_drop_removes_the_attention_that_matters_least(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    report = llmprune.prune(source, out=tmp_path / "out", method="llm-drop", drop_layers=1, calibration=TEXT).report
+    model, x, y = tiny.build("llama"), {}, {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _, args, index=index: x.update({index: args[0].double()}))
+        layer.self_attn.register_forward_hook(lambda _, args, out, index=index: y.update({index: out[0].double()}))
+    logits(model, torch.tensor(TEXT))
+    score = {index: float((1 - F.cosine_similarity(x[index], x[index] + y[index], dim=-1)).mean()) for index in x}
+    found = {row["name"]: row["score"] for row in report["structure"]["scores"]}
+    for index, one in score.items():
+        assert math.isclose(found[f"model.layers.{index} attention"], one, abs_tol=1e-6)
+    best = min(score, key=score.__getitem__)
+    assert report["structure"]["changed"] == [f"model.layers.{best}.self_attn.o_proj.weight"]
+    assert report["totals"]["params_after"] == report["totals"]["params_before"]
+
+
+def test_taylor_scores_are_weights_times_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.kernels.product.SMALLEST", 0)
+    model = tiny.build("qwen3")
+    with FastLinear():
+        found = saliency(trunk_of(model))
+    model.requires_grad_(True)
+    ids = torch.tensor(TEXT)
+    F.cross_entropy(model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    for layer, one in zip(model.model.layers, found, strict=True):
+        expected = sum(float((p.detach() * p.grad).abs().sum()) for p in layer.parameters() if p.dim() >= 2)
+        assert math.isclose(one, expected, rel_tol=1e-4)
+
+
+# Replacing what is dropped.
+
+
+def test_laco_is_the_formula_and_not_the_running_copy() -> None:
+    model = tiny.build("llama")
+    trunk = trunk_of(model)
+    thetas = [dict(layer.named_parameters()) for layer in model.model.layers]
+    mixtures = collapse([(index, {index: 1.0}) for index in range(3)], 0, 2)
+    assert len(mixtures) == 1
+    values = mixed(trunk, *mixtures[0])
+    for name, theta in thetas[0].items():
+        formula = theta + sum(thetas[k][name] - theta for k in (1, 2))
+        running = theta.clone()
+        for k in (1, 2):
+            running = running + (thetas[k][name] - running)
+        assert torch.allclose(values[name], formula, atol=1e-6)
+        assert torch.allclose(running, thetas[2][name], atol=1e-6)  # what subtracting the running copy comes to
+    # a collapse into a collapse counts each old layer by what it has become
+    nested = collapse(collapse([(index, {index: 1.0}) for index in range(3)], 1, 1), 0, 1)
+    assert nested == [(0, {2: 1.0})]
+
+
+def test_laco_drops_what_is_asked(five: None, tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    result = llmprune.prune(source, out=tmp_path / "out", method="laco", drop_layers=3, calibration=TEXT)
+    notes = result.report["structure"]["notes"]
+    assert result.model.config.num_hidden_layers == 2
+    assert sum(one["layers"] for one in notes["collapses"]) == 3
+    assert all(one["similarity"] >= notes["threshold"] for one in notes["collapses"])
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mixtral", "gpt-oss"])
+def test_replaceme_solves_its_normal_equations_and_folds_exactly(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    trunk = trunk_of(model)
+    fit = measure(trunk, 0, 1, lambda _, after: after)
+    map_DD, error = fit.solve(0.0)
+    # gradient M'(M A - Y + R) with M A - Y + R = M (A - I) - E
+    gradient_DD = fit.gram_DD @ (map_DD - torch.eye(len(map_DD), dtype=torch.float64)) - fit.cross_DD
+    assert float(gradient_DD.norm()) <= 1e-8 * float(fit.cross_DD.norm())
+    errors = [error, *(fit.solve(damping)[1] for damping in (1e-3, 0.1, 10.0))]
+    assert errors == sorted(errors) and errors[-1] <= fit.error_before
+    source = tiny.save(name, tmp_path / "dense")
+    options = {"damping": 0.01}
+    result = llmprune.prune(
+        source, out=tmp_path / "out", method="replaceme", drop_layers=[1], calibration=TEXT, options=options
+    )
+    notes = result.report["structure"]["notes"]
+    # the error of the model on disk is the one that the algebra predicts
+    small = trunk_of(result.model)
+    with torch.no_grad():
+        got = small.run(0, small.enter())[0].double()
+        dense = trunk.run(1, trunk.run(0, trunk.enter()))[0].double()
+    assert math.isclose(float((got - dense).square().sum()), notes["squared_error_fitted"], rel_tol=1e-3)
+    assert notes["squared_error_fitted"] < notes["squared_error_dropped"]
+
+
+def test_a_map_cannot_be_folded_where_a_norm_follows() -> None:
+    with pytest.raises(UserError, match="normalises"):
+        llmprune.prune(tiny.build("gemma3"), method="replaceme", drop_layers=[1], calibration=TEXT)
+
+
+def test_linearpatch_and_its_basis() -> None:
+    for width in (32, 24, 7):
+        basis_DD = hadamard(width)
+        assert torch.allclose(basis_DD @ basis_DD.T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+    report = llmprune.prune(tiny.build("llama"), method="linearpatch", drop_layers=1, calibration=TEXT).report
+    notes = report["structure"]["notes"]
+    assert notes["squared_distance_to_patch_fitted"] < notes["squared_distance_to_patch_dropped"]
+
+
+def test_streamline_trains_one_layer_for_a_window(five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # every product is large enough for the fast path, which has no gradients
+    monkeypatch.setattr("llmprune.kernels.product.SMALLEST", 0)
+    source = tiny.save("llama", tmp_path / "dense")
+    options = {"steps": 20, "learning_rate": 1e-3}
+    outs = [
+        llmprune.prune(
+            source, out=tmp_path / out, method="llm-streamline", drop_layers=2, calibration=TEXT, options=options
+        )
+        for out in ("a", "b")
+    ]
+    notes = outs[0].report["structure"]["notes"]
+    assert notes["mean_squared_error_after"] < notes["mean_squared_error_before"]
+    assert runner.product(tmp_path / "a") == runner.product(tmp_path / "b")
+    # the trained layer of the saved model has the error that was reported
+    start = notes["trained_layer"]
+    dense, small = trunk_of(tiny.build("llama")), trunk_of(outs[0].model)
+    with torch.no_grad():
+        states, mine = dense.enter(), small.enter()
+        for index in range(start + 3):
+            states = dense.run(index, states)
+        for index in range(start + 1):
+            mine = small.run(index, mine)
+    error = float((mine[0].double() - states[0].double()).square().mean())
+    assert math.isclose(error, notes["mean_squared_error_after"], rel_tol=1e-4)
+
+
+# Wrong input.
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"drop_layers": 0}, "1 to 2 can go"),
+        ({"drop_layers": 3}, "1 to 2 can go"),
+        ({"drop_layers": [5]}, "layers are 0 to 2"),
+        ({"drop_layers": [0, 1, 2]}, "at least one must stay"),
+        ({"drop_layers": [1], "method": "shortgpt"}, "chooses the layers itself"),
+        ({"drop_layers": 1, "sparsity": 0.5}, "sparsity has no meaning"),
+        ({"drop_layers": 1, "targets": "q_proj"}, "targets has no meaning"),
+        ({"method": "shortgpt"}, "say how much"),
+        ({"drop_layers": 1, "method": "sparsegpt"}, "no amount for 'sparsegpt'"),
+        ({"drop_layers": 1, "method": "reap"}, "say how much"),
+        ({"drop_experts": 0.5}, "no experts"),
+        ({"drop_experts": 1.5}, "between 0 and 1"),
+        ({"drop_layers": 2, "method": "sleb"}, "protect fewer"),
+        ({"drop_layers": [0], "method": "replaceme"}, "layer 0"),
+        ({"drop_layers": [0, 2], "method": "replaceme"}, "follow each other"),
+        ({"drop_layers": "1,x"}, "drop_layers"),
+    ],
+)
+def test_wrong_input_writes_nothing(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    with pytest.raises(UserError, match=says):
+        llmprune.prune(source, out=tmp_path / "out", calibration=TEXT, **settings)
+    assert [one.name for one in tmp_path.iterdir()] == ["dense"]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    ran = runner.cli("prune", source, "--out", tmp_path / "out", "--drop-layers", "0,2", "--json", "--quiet")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["structure"]["dropped"]["kept_layers"] == [1]
+    again = runner.cli("prune", source, "--out", tmp_path / "out", "--drop-layers", "0,2", "--resume")
+    assert (again.code == 0 and "33" in again.out) or "parameters stay" in again.out, again.err
+    assert runner.cli("prune", source, "--out", tmp_path / "x", "--drop-layers", "7,").code == 2
+    plan = runner.cli("prune", source, "--drop-layers", "1", "--method", "keep-first", "--dry-run")
+    assert plan.code == 0 and "depth method on 3 layers" in plan.out

@@ -1,0 +1,81 @@
+"""Recipes of several stages: the same bytes as one command after the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import runner
+import tiny
+import torch
+import yaml
+
+import llmprune
+from llmprune.types import UserError
+
+TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
+STAGES = [
+    {"drop_layers": [0]},
+    {"method": "reap", "drop_experts": 0.25},
+    {"method": "wanda", "sparsity": 0.5, "engine": {"schedule": "module"}},
+]
+
+
+def write(path: Path, **keys: object) -> Path:
+    path.write_text(yaml.safe_dump({"stages": STAGES, **keys}))
+    return path
+
+
+def test_stages_are_commands_in_a_row(tmp_path: Path) -> None:
+    source = tiny.save("mixtral", tmp_path / "dense")
+    recipe = write(tmp_path / "recipe.yaml")
+    result = llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT)
+    model: Path = source
+    for number, stage in enumerate(STAGES):
+        # a later stage sees the model that the one before has left
+        llmprune.prune(model, out=tmp_path / str(number), calibration=TEXT, **stage)
+        model = tmp_path / str(number)
+    assert runner.product(tmp_path / "out") == runner.product(model)
+    assert {one.name for one in tmp_path.iterdir()} == {"dense", "recipe.yaml", "out", "0", "1", "2"}
+    report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
+    assert [one["recipe"]["method"] for one in report["stages"]] == ["keep-first", "reap", "wanda"]
+    assert report["recipe"]["stages"] == STAGES
+    assert report["totals"]["params_before"] == sum(one.numel() for one in tiny.build("mixtral").parameters())
+    again = llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT, resume=True)
+    assert again.report == report
+    # a loaded model goes through the same stages where it lies
+    loaded = tiny.build("mixtral")
+    llmprune.prune(loaded, recipe=recipe, calibration=TEXT)
+    ids = tiny.tokens(2, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+
+
+def test_a_stopped_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save("mixtral", tmp_path / "dense")
+    recipe = write(tmp_path / "recipe.yaml")
+    whole = llmprune.prune(source, out=tmp_path / "whole", recipe=recipe, calibration=TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.methods.weight.wanda.Wanda.solve", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.stage2" / "config.json").exists()
+    llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT, resume=True)
+    assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
+    assert whole.report["totals"]["params_after"] < whole.report["totals"]["params_before"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"sparsity": 0.5}, "belongs into one of the stages"),
+        ({"stages": [{"model": "x"}]}, "neither a model"),
+        ({"stages": [{"spartisy": 0.5}]}, "spartisy"),
+    ],
+)
+def test_wrong_stages(keys: dict[str, object], says: str, tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    with pytest.raises(UserError, match=says):
+        llmprune.prune(source, out=tmp_path / "out", recipe=write(tmp_path / "recipe.yaml", **keys), calibration=TEXT)
+    assert not (tmp_path / "out").exists()
