@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "prune": "llmprune.api",
-    "evaluate": "llmprune.api",
+    "evaluate": "llmprune.eval.evaluate",
     "Result": "llmprune.result",
     "Recipe": "llmprune.recipe",
     "UserError": "llmprune.types",
@@ -23,7 +23,8 @@ _PUBLIC = {
 __all__ = ["Recipe", "Result", "RunError", "UserError", "evaluate", "prune"]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, prune
+    from llmprune.api import prune
+    from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result
     from llmprune.types import RunError, UserError
