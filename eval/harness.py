@@ -53,33 +53,11 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         model, words = open_model(
-            _on_sparse_kernels(pretrained) if sparse else pretrained,
-            tokenizer or (_tokenizer_of(pretrained, trust_remote_code) if sparse else None),
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
+            pretrained, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code, sparse=sparse
         )
         super().__init__(pretrained=model, backend="causal", tokenizer=words, **options)
         # what lm-eval records as the model
         self.pretrained = pretrained if isinstance(pretrained, str) else type(model).__name__
-
-
-def _on_sparse_kernels(pretrained: Any) -> PreTrainedModel:
-    import llmprune
-
-    if not isinstance(pretrained, str):
-        raise UserError("sparse=True needs the folder of a pruned model as pretrained")
-    if not hasattr(llmprune, "load"):
-        raise UserError("sparse=True: this version of llmprune has no sparse kernels; leave it out")
-    model: PreTrainedModel = llmprune.load(pretrained, sparse=True)
-    return model
-
-
-def _tokenizer_of(folder: str, trust_remote_code: bool) -> Any:
-    from llmprune.checkpoint.source import resolve
-    from llmprune.job import load_tokenizer
-
-    return load_tokenizer(resolve(folder), trust_remote_code)
 
 
 def manager(names: list[str], folder: str | Path | None = None) -> TaskManager:

@@ -29,11 +29,17 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    sparse: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """A model ready to be measured, and its tokenizer; raises UserError for what is no model."""
+    """A model ready to be measured, and its tokenizer; raises UserError for what is no model.
+
+    `sparse`: its N:M layers run on the sparse kernels.
+    """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise UserError("a loaded model needs tokenizer= to be measured on text")
+        if sparse:
+            raise UserError("sparse=True needs the folder of a pruned model, not a loaded one")
         return model.eval(), tokenizer
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -41,6 +47,9 @@ def open_model(
     Checkpoint(folder)
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     place = choose_device(device)
+    if sparse:
+        quick = _on_sparse_kernels(folder)
+        return quick.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
     try:
         with quiet_loader():
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -55,6 +64,15 @@ def open_model(
         # transformers would fill it with random numbers
         raise UserError(f"{folder} lacks the tensor {min(info['missing_keys'])} that its configuration calls for")
     return loaded.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
+
+
+def _on_sparse_kernels(folder: Path) -> PreTrainedModel:
+    import llmprune
+
+    if not hasattr(llmprune, "load"):
+        raise UserError("sparse=True: this version of llmprune has no sparse kernels; leave it out")
+    model: PreTrainedModel = llmprune.load(folder, sparse=True)
+    return model
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmprune.commands import AsJson, Model, Quiet, Trust
+from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
 from llmprune.types import RunError, UserError
 
@@ -29,6 +30,7 @@ errors = Console(stderr=True, highlight=False)
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
 
 app.command("eval")(evaluate)
+app.command()(bench)
 
 
 @app.command()

@@ -143,13 +143,13 @@ def test_sparse_goes_through_load(piqa: Path, monkeypatch: pytest.MonkeyPatch) -
     model, _ = harness.open_model(DEMO)
     asked: list[Any] = []
 
-    def load(folder: str, *, sparse: bool) -> Any:
+    def load(folder: Path, *, sparse: bool) -> Any:
         asked.append((folder, sparse))
         return model
 
     monkeypatch.setattr(llmprune, "load", load, raising=False)
     assert harness.PrunedLM(str(DEMO), sparse=True)._model is model
-    assert asked == [(str(DEMO), True)]
+    assert asked == [(DEMO, True)]
 
 
 def test_wrong_tasks_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
