@@ -16,6 +16,7 @@ from rich.table import Table
 from llmprune.commands import AsJson, Model, Quiet, Trust
 from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
+from llmprune.commands.push import push
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dr
 
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(push)
 
 
 @app.command()
