@@ -17,6 +17,7 @@ from llmprune.commands import AsJson, Model, Quiet, Trust
 from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
+from llmprune.commands.report import report
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dr
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(push)
+app.command()(report)
 
 
 @app.command()

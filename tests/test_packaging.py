@@ -114,7 +114,7 @@ def test_importing_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import llmprune\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'transformers', 'datasets', 'lm_eval', 'triton', 'peft', 'matplotlib', 'pydantic', 'typer'}))"
+        "print(sorted(new & {'transformers', 'datasets', 'lm_eval', 'triton', 'peft', 'altair', 'vl_convert', 'pydantic', 'typer'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -123,7 +123,7 @@ def test_importing_is_light() -> None:
 def test_heavy_parts_are_not_needed_by_the_core() -> None:
     code = (
         "import sys\n"
-        "for name in ('datasets', 'lm_eval', 'triton', 'peft', 'matplotlib', 'accelerate'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'lm_eval', 'triton', 'peft', 'altair', 'vl_convert', 'accelerate'): sys.modules[name] = None\n"
         "import llmprune.cli, llmprune.api, llmprune.job, llmprune.demo\n"
         "from llmprune.methods import describe; print(len(describe()))"
     )
