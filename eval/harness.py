@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
@@ -52,8 +53,10 @@ class PrunedLM(HFLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
+        # "cuda:0" is what lm-eval's command line says when its user says nothing; its own `hf` reads it likewise
+        place = "auto" if device == "cuda:0" and not torch.cuda.is_available() else device
         model, words = open_model(
-            pretrained, tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code, sparse=sparse
+            pretrained, tokenizer, dtype=dtype, device=place, trust_remote_code=trust_remote_code, sparse=sparse
         )
         super().__init__(pretrained=model, backend="causal", tokenizer=words, **options)
         # what lm-eval records as the model
