@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,37 +53,56 @@ def evaluate(
     if names:
         _harness().manager(names, task_data)  # a wrong name is found before the models are loaded
     place = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-
-    def one(which: str | Path | PreTrainedModel) -> tuple[dict[str, Any], dict[str, Any], PreTrainedModel, Any]:
-        loaded, words = open_model(which, tokenizer, **place)
-        texts = {spec: measure(loaded, words, spec, batch_size=batch_size, **windows) for spec in specs}
-        result: dict[str, Any] = {"model": _name(which), "perplexity": texts}
-        samples: dict[str, Any] = {}
-        if names:
-            result["tasks"], samples = _harness().measure(
-                loaded, words, names, batch_size=batch_size, folder=task_data, **settings
-            )
-        if asked:
-            written = write(loaded, words, asked)
-            result["generation"] = [
-                {"prompt": prompt, "text": text} for prompt, text in zip(asked, written, strict=True)
-            ]
-        return result, samples, loaded, words
-
-    result, samples, loaded, words = one(model)
-    if baseline is not None:
-        result["baseline"], dense_samples, dense, _ = one(baseline)
+    wanted = _Wanted(specs, names, asked, windows, settings, task_data, batch_size)
+    opened = open_model(model, tokenizer, **place)
+    # opened before anything is measured: a wrong name must not cost an evaluation
+    dense = None if baseline is None else open_model(baseline, tokenizer, **place)
+    found, samples = wanted.of(*opened)
+    result = {"model": _name(model), **found}
+    if baseline is not None and dense is not None:
+        measured, dense_samples = wanted.of(*dense)
+        result["baseline"] = {"model": _name(baseline), **measured}
         result["comparison"] = {
             "perplexity": {
                 spec: {
-                    "ratio": result["perplexity"][spec]["ppl"] / result["baseline"]["perplexity"][spec]["ppl"],
-                    **agreement(loaded, dense, words, spec, batch_size=batch_size, **windows),
+                    "ratio": found["perplexity"][spec]["ppl"] / measured["perplexity"][spec]["ppl"],
+                    **agreement(opened[0], dense[0], opened[1], spec, batch_size=batch_size, **windows),
                 }
                 for spec in specs
             },
             "tasks": _harness().compare(samples, dense_samples) if names else {},
         }
     return result
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be measured, of whichever model."""
+
+    specs: list[str]
+    tasks: list[str]
+    prompts: list[str]
+    windows: dict[str, Any]
+    settings: dict[str, Any]
+    folder: str | Path | None
+    batch_size: int
+
+    def of(self, model: PreTrainedModel, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The result for one model, and lm-eval's samples for the paired tests."""
+        texts = {
+            spec: measure(model, tokenizer, spec, batch_size=self.batch_size, **self.windows) for spec in self.specs
+        }
+        result: dict[str, Any] = {"perplexity": texts}
+        samples: dict[str, Any] = {}
+        if self.tasks:
+            result["tasks"], samples = _harness().measure(
+                model, tokenizer, self.tasks, batch_size=self.batch_size, folder=self.folder, **self.settings
+            )
+        if self.prompts:
+            written = write(model, tokenizer, self.prompts)
+            rows = zip(self.prompts, written, strict=True)
+            result["generation"] = [{"prompt": prompt, "text": text} for prompt, text in rows]
+        return result, samples
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,8 @@ def bench(
     medians in seconds with the quartiles. `sparse`: all but the model called "dense" run their N:M layers on
     the sparse kernels. Raises UserError.
     """
-    for name, value, least in (
-        ("prompt", prompt, 1),
-        ("new", new, 2),
-        ("batch_size", batch_size, 1),
-        ("rounds", rounds, 2),
-    ):
+    limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
+    for name, (value, least) in limits.items():
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
     opened: dict[str, PreTrainedModel] = {}
@@ -68,18 +64,14 @@ def bench(
             place = ids_BT.to(model.device)
             if number == 0:
                 rows[label]["prefill_flops"] = _flops(model, place)
-                rows[label]["memory"] = _peak(model, lambda: _generate(model, place, new))  # noqa: B023
+                rows[label]["memory"] = _peak(model, place, new)
                 continue
-            first = _clock(model, lambda: _generate(model, place, 1))  # noqa: B023
-            whole = _clock(model, lambda: _generate(model, place, new))  # noqa: B023
+            first, whole = _clock(model, place, 1), _clock(model, place, new)
             times[label]["prefill"].append(first)
             times[label]["decode"].append((whole - first) / (new - 1))
     for label, row in rows.items():
-        row["prefill"] = {
-            **_spread(times[label]["prefill"]),
-            "tokens_per_s": _rate(times[label]["prefill"], batch_size * prompt),
-        }
-        row["decode"] = {**_spread(times[label]["decode"]), "tokens_per_s": _rate(times[label]["decode"], batch_size)}
+        for what, tokens in (("prefill", batch_size * prompt), ("decode", batch_size)):
+            row[what] = _spread(times[label][what], tokens)
     one = next(iter(opened.values()))
     return {
         "models": rows,
@@ -123,24 +115,24 @@ def _flops(model: PreTrainedModel, ids_BT: torch.Tensor) -> int:
     return int(counter.get_total_flops())
 
 
-def _clock(model: PreTrainedModel, work: Callable[[], None]) -> float:
+def _clock(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> float:
     _wait(model.device)
     started = time.perf_counter()
-    work()
+    _generate(model, ids_BT, new)
     _wait(model.device)
     return time.perf_counter() - started
 
 
-def _peak(model: PreTrainedModel, work: Callable[[], None]) -> dict[str, Any]:
+def _peak(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> dict[str, Any]:
     """Bytes that a generation takes beyond the loaded models, at its peak, and how that was measured."""
     if model.device.type == "cpu":
         before = current()[0]
         with PeakMemory(interval_s=0.005) as memory:
-            work()
+            _generate(model, ids_BT, new)
         return {"beyond_weights_bytes": max(memory.anonymous - before, 0), "by": "resident memory, sampled"}
     torch.accelerator.reset_peak_memory_stats(model.device)
     before = torch.accelerator.memory_allocated(model.device)
-    work()
+    _generate(model, ids_BT, new)
     _wait(model.device)
     peak = torch.accelerator.max_memory_allocated(model.device)
     return {"beyond_weights_bytes": peak - before, "by": "allocator"}
@@ -151,13 +143,10 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def _spread(values: list[float], tokens: int) -> dict[str, float]:
+    """Median and quartiles in seconds, and the rate of `tokens` in the median time."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median_s": middle, "q1_s": low, "q3_s": high}
-
-
-def _rate(values: list[float], tokens: int) -> float:
-    return tokens / statistics.median(values)
+    return {"median_s": middle, "q1_s": low, "q3_s": high, "tokens_per_s": tokens / middle}
 
 
 def _device_name(device: torch.device) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,14 @@ def push(
             f"a pull request goes to the main branch: leave out the revision {revision!r}, or the pull request"
         )
     api = HfApi(token=token)
-    try:
+    with _failures_understood(repo_id):
         card = model_card(path, report, repo_id, api=api, base_model=base_model, license=license, revision=revision)
         files = [{"name": one.name, "bytes": one.stat().st_size} for one in uploaded(path) if one.name != CARD]
         files.append({"name": CARD, "bytes": len(str(card).encode())})
         planned = {"repo_id": repo_id, "private": private, "revision": revision, "pull_request": create_pr}
+        shown = {**planned, "files": files, "card": str(card)}
         if dry_run:
-            return {**planned, "files": files, "card": str(card)}
+            return shown
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -80,6 +83,14 @@ def push(
             revision=done.pr_revision if create_pr else revision,
             commit_message="Model card",
         )
+    return {**shown, "url": str(url), "commit": done.oid, "pull_request_url": done.pr_url}
+
+
+@contextlib.contextmanager
+def _failures_understood(repo_id: str) -> Iterator[None]:
+    """Turn what the client and its transport raise into our errors."""
+    try:
+        yield
     except HFValidationError as error:
         raise UserError(f"{repo_id!r} is no repository name: {error}") from error
     except LocalTokenNotFoundError as error:
@@ -90,17 +101,8 @@ def push(
         # the transport (httpx, or its successor) has exceptions of its own, which are no OSError
         if not isinstance(error, OSError | RuntimeError) and not type(error).__module__.startswith("httpx"):
             raise
-        raise RunError(
-            f"the upload to {repo_id} broke off: {error}. Repeat the command: what is there is kept"
-        ) from error
-    return {
-        **planned,
-        "url": str(url),
-        "commit": done.oid,
-        "pull_request_url": done.pr_url,
-        "files": files,
-        "card": str(card),
-    }
+        again = "Repeat the command: what is there is kept"
+        raise RunError(f"the upload to {repo_id} broke off: {error}. {again}") from error
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
