@@ -52,7 +52,7 @@ def evaluate(
     settings = {key: options[key] for key in HARNESS if key in options}
     if names:
         _harness().manager(names, task_data)  # a wrong name is found before the models are loaded
-    place = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    place: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     wanted = _Wanted(specs, names, asked, windows, settings, task_data, batch_size)
     opened = open_model(model, tokenizer, **place)
     # opened before anything is measured: a wrong name must not cost an evaluation

@@ -147,7 +147,7 @@ def cut(
     calibration.check_vocabulary(f"the text {spec!r}", int(ids.max()), model.get_input_embeddings())
     advance = fresh if stride is None else min(step, fresh)
     ids_WT = ids.unfold(0, fresh, advance)[:max_windows]
-    if each:
+    if token is not None and each:
         ids_WT = torch.cat([torch.full((len(ids_WT), 1), token), ids_WT], 1)
     used = "never" if token is None else bos
     return Windows(ids_WT, advance, used, length if stride is None else advance)

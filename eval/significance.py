@@ -21,7 +21,7 @@ def paired(samples: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dic
         raise UserError("the two models were measured on different rows; measure both in one call")
     found = {}
     for metric in samples[0]["metrics"]:
-        pairs = [(ours[key].get(metric), theirs[key].get(metric)) for key in ours]
+        pairs: list[tuple[Any, Any]] = [(ours[key].get(metric), theirs[key].get(metric)) for key in ours]
         # metrics over several values a row (word perplexity) have no difference row by row
         if all(isinstance(one, int | float) for pair in pairs for one in pair):
             # lm-eval's perplexity is the mean log likelihood only at the very end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def push(
     api = HfApi(token=token)
     with _failures_understood(repo_id):
         card = model_card(path, report, repo_id, api=api, base_model=base_model, license=license, revision=revision)
-        files = [{"name": one.name, "bytes": one.stat().st_size} for one in uploaded(path) if one.name != CARD]
+        files = [{"name": name, "bytes": (path / name).stat().st_size} for name in uploaded(path)]
         files.append({"name": CARD, "bytes": len(str(card).encode())})
         planned = {"repo_id": repo_id, "private": private, "revision": revision, "pull_request": create_pr}
         shown = {**planned, "files": files, "card": str(card)}
@@ -122,12 +123,10 @@ def finished_run(folder: Path) -> dict[str, Any]:
     return report
 
 
-def uploaded(folder: Path) -> list[Path]:
-    """The files that a push sends."""
-    from huggingface_hub.utils import filter_repo_objects
-
-    files = (one for one in sorted(folder.iterdir()) if one.is_file())
-    return list(filter_repo_objects(files, ignore_patterns=list(LEFT_OUT), key=lambda one: one.name))
+def uploaded(folder: Path) -> list[str]:
+    """The files that a push sends beside the card, by their path in the folder."""
+    files = (one.relative_to(folder).as_posix() for one in sorted(folder.rglob("*")) if one.is_file())
+    return [name for name in files if not any(fnmatch(name, pattern) for pattern in (*LEFT_OUT, CARD))]
 
 
 def model_card(
@@ -152,7 +151,7 @@ def model_card(
         calibration=_without_folder(source), results=[row for row, _ in results],
     )  # fmt: skip
     existing = _existing(folder, repo_id, revision, api)
-    data = existing.data if existing is not None else ModelCardData()
+    data: Any = existing.data if existing is not None else ModelCardData()
     _update(data, base, license or data.license or _inherited_license(folder, named, base, api), report)
     kept = [one for one in data.eval_results or [] if one.source_name != SOURCE]
     data.eval_results = kept + [one for _, one in results] or None
@@ -207,8 +206,8 @@ def _inherited_license(folder: Path, named: str, base: str | None, api: HfApi | 
     text = local.read_text(encoding="utf-8") if named and local.is_file() else None
     if text is None and base is not None:
         text = _remote_card(base, None, api)
-    found: str | None = ModelCard(text, ignore_metadata_errors=True).data.license if text else None
-    return found
+    data: Any = ModelCard(text, ignore_metadata_errors=True).data if text else None
+    return None if data is None else data.license
 
 
 def _results(repo_id: str, evaluation: dict[str, Any]) -> Any:

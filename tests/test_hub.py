@@ -66,11 +66,16 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_everything_arrives(run: Path, hub: Hub) -> None:
+    (run / "figures").mkdir()
+    (run / "figures" / "one.svg").write_text("<svg/>")
+    (run / "lock").write_text("")
     done = push(run, "me/small")
     there = hub.files("me/small")
     assert hub.repos["me/small"]["private"] is True
     card = done["card"].encode()
-    assert there == {"README.md": card, **{one.name: one.read_bytes() for one in run.iterdir()}}
+    (run / "lock").unlink()
+    here = {path.relative_to(run).as_posix(): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert there == {"README.md": card, **here}
     assert sorted(there) == sorted(file["name"] for file in done["files"]) and "README.md" in there
     assert all(file["bytes"] == len(there[file["name"]]) for file in done["files"])
     assert done["url"] == f"{hub.url}/me/small"

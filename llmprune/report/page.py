@@ -106,8 +106,8 @@ def table(heads: list[str], rows: list[list[str]], form: str) -> str:
         csv.writer(target, lineterminator="\n").writerows([heads, *rows])
         return target.getvalue()
     if form == "md":
-        lines = [heads, ["---"] * len(heads), *rows]
-        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        cells = [heads, ["---"] * len(heads), *rows]
+        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in cells)
     body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in rows]
     head = " & ".join(_latex(cell) for cell in heads) + r" \\"
     aligned = "l" * 3 + "r" * (len(heads) - 3)
@@ -163,7 +163,7 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
             found.append(
                 f"perplexity on {short(spec)} is {row['ratio']:.2f} times the dense model's (budget {budget:g})"
             )
-    source = (run.get("calibration") or {}).get("source")
+    source = (run.get("calibration") or {}).get("source", "")
     if source in evaluation.get("perplexity", {}) and source.startswith("file:"):
         found.append(f"calibration and evaluation text are the same ({short(source)}): the perplexity flatters")
     if not evaluation:
@@ -186,7 +186,7 @@ def _drawn(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
     charts = _charts(runs)
     import vl_convert
 
-    return {title: chart.to_dict() for title, chart in charts.items()}, vl_convert.javascript_bundle()
+    return {title: chart.to_dict() for title, chart in charts.items()}, vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
 
 
 def _slug(title: str) -> str:
