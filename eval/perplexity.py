@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -27,11 +29,17 @@ def open_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    sparse: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
-    """A model ready to be measured, and its tokenizer; raises UserError for what is no model."""
+    """A model ready to be measured, and its tokenizer; raises UserError for what is no model.
+
+    `sparse`: its N:M layers run on the sparse kernels.
+    """
     if isinstance(model, PreTrainedModel):
         if tokenizer is None:
             raise UserError("a loaded model needs tokenizer= to be measured on text")
+        if sparse:
+            raise UserError("sparse=True needs the folder of a pruned model, not a loaded one")
         return model.eval(), tokenizer
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -39,6 +47,9 @@ def open_model(
     Checkpoint(folder)
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     place = choose_device(device)
+    if sparse:
+        quick = _on_sparse_kernels(folder)
+        return quick.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
     try:
         with quiet_loader():
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -55,64 +66,113 @@ def open_model(
     return loaded.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
 
 
-def measure(
+def _on_sparse_kernels(folder: Path) -> PreTrainedModel:
+    import llmprune
+
+    if not hasattr(llmprune, "load"):
+        raise UserError("sparse=True: this version of llmprune has no sparse kernels; leave it out")
+    model: PreTrainedModel = llmprune.load(folder, sparse=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows of token ids, and how: the protocol that a figure belongs to.
+
+    `ids_WT`: W windows x T tokens, BOS included. Of each window but the first only the last `advance` tokens
+    are scored: those that the window before it did not hold.
+    """
+
+    ids_WT: torch.Tensor
+    advance: int
+    bos: str
+    stride: int
+
+    def new_tokens(self, number: int, per_token: torch.Tensor) -> torch.Tensor:
+        """The part of a window's predictions (one a token but the first) that no earlier window made."""
+        return per_token if number == 0 else per_token[-self.advance :]
+
+    def batches(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Batches of windows, each with the number of its first one."""
+        for start in range(0, len(self.ids_WT), size):
+            yield start, self.ids_WT[start : start + size]
+
+    def protocol(self) -> dict[str, Any]:
+        count, length = self.ids_WT.shape
+        return {
+            "windows": count,
+            "seqlen": length,
+            "stride": self.stride,
+            "bos": self.bos == "window",
+            "bos_at": self.bos,
+        }
+
+
+def cut(
     model: PreTrainedModel,
     tokenizer: Any,
     spec: str,
     *,
-    seqlen: int = 2048,
+    seqlen: int | Literal["max"] = 2048,
     stride: int | None = None,
     max_windows: int | None = None,
-    batch_size: int = 8,
-) -> dict[str, Any]:
-    """Perplexity on the joined text that `spec` names.
+    bos: Literal["window", "text", "never"] = "window",
+) -> Windows:
+    """Cut the joined text that `spec` names into windows of `seqlen` tokens ("max": the most the model takes).
 
-    Windows of `seqlen` tokens (cut to the model's maximum) are laid end to end, each begun with BOS if
-    the tokenizer adds one, and a rest shorter than a window is dropped; every predicted token weighs
-    the same. With `stride` < `seqlen` windows overlap, and each scores only the tokens that the one
-    before it did not.
+    Windows lie end to end unless `stride` makes them overlap; a rest shorter than a window is dropped. `bos`:
+    if the tokenizer adds BOS, begin each window with it, or the text alone (as the code of the SparseGPT and
+    Wanda papers does), or nothing. Raises UserError.
     """
-    for name, value, least in (("seqlen", seqlen, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
-        if value is not None and value < least:
-            raise UserError(f"{name} {value} must be at least {least}")
-    length = min(seqlen, longest(model.config))
+    if bos not in ("window", "text", "never"):
+        raise UserError(f"bos {bos!r} is not one of window, text, never")
+    if seqlen != "max" and seqlen < 2:
+        raise UserError(f"seqlen {seqlen} must be at least 2")
+    if max_windows is not None and max_windows < 1:
+        raise UserError(f"max_windows {max_windows} must be at least 1")
+    length = longest(model.config) if seqlen == "max" else min(seqlen, longest(model.config))
     step = length if stride is None else stride
     if not 0 < step <= length:
         raise UserError(f"stride {stride} must lie between 1 and the sequence length {length}")
     ids = calibration.tokenize(calibration.read_documents(spec, split="test"), tokenizer)
-    bos = tokenizer.bos_token_id if calibration.adds_bos(tokenizer) else None
-    fresh = length - (bos is not None)
+    token = tokenizer.bos_token_id if calibration.adds_bos(tokenizer) else None
+    each = token is not None and bos == "window"
+    if token is not None and bos == "text":
+        ids = torch.cat([torch.tensor([token]), ids])
+    fresh = length - each
     if len(ids) < fresh:
         raise UserError(
             f"the text {spec!r} has {len(ids)} tokens, {fresh - len(ids)} too few for one window of {length}"
         )
     calibration.check_vocabulary(f"the text {spec!r}", int(ids.max()), model.get_input_embeddings())
     advance = fresh if stride is None else min(step, fresh)
-    windows = ids.unfold(0, fresh, advance)[:max_windows]
+    ids_WT = ids.unfold(0, fresh, advance)[:max_windows]
+    if token is not None and each:
+        ids_WT = torch.cat([torch.full((len(ids_WT), 1), token), ids_WT], 1)
+    used = "never" if token is None else bos
+    return Windows(ids_WT, advance, used, length if stride is None else advance)
+
+
+def measure(
+    model: PreTrainedModel, tokenizer: Any, spec: str, *, batch_size: int = 8, **protocol: Any
+) -> dict[str, Any]:
+    """Perplexity on a text; `protocol` as in `cut`. Every predicted token weighs the same."""
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} must be at least 1")
+    windows = cut(model, tokenizer, spec, **protocol)
     loss = torch.zeros((), dtype=torch.float64)
     scored = 0
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
-        if bos is not None:
-            batch = torch.cat([torch.full((len(batch), 1), bos), batch], 1)
-        nll = _token_losses(model, batch.to(model.device))
-        for number, row in enumerate(nll.cpu().double(), start):
-            # of an overlapping window only the last `advance` tokens are new
-            new = row if number == 0 else row[-advance:]
+    for first, batch_BT in windows.batches(batch_size):
+        nll = _token_losses(model, batch_BT.to(model.device))
+        for number, row in enumerate(nll.cpu().double(), first):
+            new = windows.new_tokens(number, row)
             loss += new.sum()
             scored += len(new)
     ppl = float(torch.exp(loss / scored))
     if not math.isfinite(ppl):
         raise UserError(f"the model gives NaN or infinity on {spec!r}: it is damaged, or its dtype too narrow")
-    return {
-        "ppl": ppl,
-        "tokens": scored,
-        "windows": len(windows),
-        "seqlen": length,
-        "stride": advance if stride is not None else length,
-        "bos": bos is not None,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"ppl": ppl, "tokens": scored, **windows.protocol(), "dtype": dtype}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "prune": "llmprune.api",
-    "evaluate": "llmprune.api",
+    "evaluate": "llmprune.eval.evaluate",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
     "save_packed": "llmprune.sparse",
@@ -26,7 +26,8 @@ _PUBLIC = {
 __all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "save_packed"]
 
 if TYPE_CHECKING:
-    from llmprune.api import evaluate, prune
+    from llmprune.api import prune
+    from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result
     from llmprune.sparse import accelerate, load, save_packed

@@ -1,4 +1,4 @@
-"""The Python interface: `prune` and `evaluate`."""
+"""The Python interface: `prune`; `evaluate` lies in `llmprune.eval.evaluate`."""
 
 from __future__ import annotations
 
@@ -69,28 +69,3 @@ def prune(
         dry_run=dry_run,
         reporter=reporter or Reporter(quiet=True),
     )
-
-
-def evaluate(
-    model: str | Path | PreTrainedModel,
-    *,
-    perplexity: str | list[str] = (),  # type: ignore[assignment]
-    tokenizer: Any = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure a model. `perplexity`: text SPECs; `options`: see `llmprune.eval.perplexity.measure`."""
-    from llmprune.eval.perplexity import measure, open_model
-
-    specs = [perplexity] if isinstance(perplexity, str) else list(perplexity)
-    if not specs:
-        raise UserError("say what to measure: perplexity=['file:text.txt'], for example")
-    trust = options.pop("trust_remote_code", False)
-    loaded, words = open_model(
-        model,
-        tokenizer,
-        dtype=options.pop("dtype", "auto"),
-        device=options.pop("device", "auto"),
-        trust_remote_code=trust,
-    )
-    name = model if isinstance(model, str | Path) else type(model).__name__
-    return {"model": str(name), "perplexity": {spec: measure(loaded, words, spec, **options) for spec in specs}}

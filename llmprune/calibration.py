@@ -96,7 +96,8 @@ def _read_file(rest: str) -> list[str]:
     field = field or "text"
     try:
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # not splitlines(): a text may hold the other line ends that Unicode knows
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             return _field(rows, field, path)
         if path.suffix == ".json":
             return _field(json.loads(path.read_text(encoding="utf-8")), field, path)

@@ -11,8 +11,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
+from llmprune.commands import AsJson, Model, Quiet, Trust
+from llmprune.commands.bench import bench
+from llmprune.commands.evaluate import evaluate
+from llmprune.commands.push import push
+from llmprune.commands.report import report
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -26,10 +31,10 @@ errors = Console(stderr=True, highlight=False)
 # Arguments of `api.prune` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
 
-Model = Annotated[str, typer.Argument(help="Model folder, or Hub id (@REVISION allowed).")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings.")]
+app.command("eval")(evaluate)
+app.command()(bench)
+app.command()(push)
+app.command()(report)
 
 
 @app.command()
@@ -102,50 +107,6 @@ def prune(
         _show_plan(result.report)
     else:
         _show_result(result.report, out)
-
-
-@app.command("eval")
-def evaluate(
-    model: Model,
-    perplexity: Annotated[list[str] | None, typer.Option(help="Text SPEC; may be repeated.")] = None,
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    stride: Annotated[int | None, typer.Option(help="Distance of windows; they do not overlap by default.")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Measure only the first windows.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
-    trust_remote_code: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure MODEL: perplexity on texts."""
-    from llmprune import api
-
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"--out {out} must be a file in a folder that exists")
-    result = api.evaluate(
-        model,
-        perplexity=perplexity or [],
-        seqlen=seqlen,
-        stride=stride,
-        max_windows=max_windows,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table(Column("text", overflow="fold"), "perplexity", "tokens", "window", "stride", "BOS", "dtype")
-    for spec, row in result["perplexity"].items():
-        bos = "yes" if row["bos"] else "no"
-        table.add_row(
-            spec, f"{row['ppl']:.3f}", str(row["tokens"]), str(row["seqlen"]), str(row["stride"]), bos, row["dtype"]
-        )
-    Console().print(table)
 
 
 @app.command()

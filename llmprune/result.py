@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from llmprune.checkpoint.skeleton import quiet_loader
+from llmprune.types import UserError
 
 
 @dataclass
@@ -37,3 +38,11 @@ class Result:
         if self._tokenizer is not None:
             return self._tokenizer
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, Any]:
+        """Upload the written model with its card; `options` as in `llmprune.hub.push`."""
+        from llmprune.hub import push
+
+        if self.folder is None:
+            raise UserError("the pruned model was not written: pass out=FOLDER to prune, then push it")
+        return push(self.folder, repo_id, **options)

@@ -363,7 +363,7 @@ def test_llm_drop_removes_the_attention_that_matters_least(tmp_path: Path) -> No
 
 
 def test_taylor_scores_are_weights_times_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmprune.kernels.product.SMALLEST", 0)
+    monkeypatch.setattr("llmprune.kernels.eligibility.SMALLEST_ONEDNN", 0)
     model = tiny.build("qwen3")
     with FastLinear():
         found = saliency(trunk_of(model))
@@ -448,7 +448,7 @@ def test_linearpatch_and_its_basis() -> None:
 
 def test_streamline_trains_one_layer_for_a_window(five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # every product is large enough for the fast path, which has no gradients
-    monkeypatch.setattr("llmprune.kernels.product.SMALLEST", 0)
+    monkeypatch.setattr("llmprune.kernels.eligibility.SMALLEST_ONEDNN", 0)
     source = tiny.save("llama", tmp_path / "dense")
     options = {"steps": 20, "learning_rate": 1e-3}
     outs = [

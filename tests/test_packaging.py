@@ -35,6 +35,7 @@ LAYERS = {
     "allocation": 3,
     "methods": 3,
     "plan": 4,
+    "hub": 4,
     "result": 4,
     "pipeline": 4,
     "job": 5,
@@ -46,6 +47,7 @@ LAYERS = {
     "report": 6,
     "demo": 7,
     "api": 7,
+    "commands": 8,
     "cli": 8,
     "__main__": 9,
 }
@@ -116,7 +118,7 @@ def test_importing_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import llmprune\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "print(sorted(new & {'transformers', 'datasets', 'lm_eval', 'triton', 'peft', 'matplotlib', 'pydantic', 'typer'}))"
+        "print(sorted(new & {'transformers', 'datasets', 'lm_eval', 'triton', 'peft', 'altair', 'vl_convert', 'pydantic', 'typer'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -125,7 +127,7 @@ def test_importing_is_light() -> None:
 def test_heavy_parts_are_not_needed_by_the_core() -> None:
     code = (
         "import sys\n"
-        "for name in ('datasets', 'lm_eval', 'triton', 'peft', 'matplotlib', 'accelerate'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'lm_eval', 'triton', 'peft', 'altair', 'vl_convert', 'accelerate'): sys.modules[name] = None\n"
         "import llmprune.cli, llmprune.api, llmprune.job, llmprune.demo\n"
         "from llmprune.methods import describe; print(len(describe()))"
     )

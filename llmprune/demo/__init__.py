@@ -37,9 +37,22 @@ def run(out: Path, *, quiet: bool = False) -> dict[str, Any]:
     for row in rows:
         print(f"\n{row['name']}: perplexity {row['perplexity']:.3f}\n  {row['text']}")
     page = out / "report.html"
-    write_page(page, result.report, rows)
+    write_page(page, [{"name": "demo", **result.report, "evaluation": _as_evaluation(*rows)}], figures=False)
     print(f"\nthe pruned model lies in {out / 'model'}, the report in {page}")
     return {"report": result.report, "rows": rows}
+
+
+def _as_evaluation(dense: dict[str, Any], pruned: dict[str, Any]) -> dict[str, Any]:
+    """The two rows in the form that `llmprune.evaluate` gives."""
+    one, other = (
+        {
+            "model": row["name"],
+            "perplexity": {"demo": row["protocol"]},
+            "generation": [{"prompt": PROMPT, "text": row["text"]}],
+        }
+        for row in (pruned, dense)
+    )
+    return {**one, "baseline": other}
 
 
 def _measure(name: str, folder: Path) -> dict[str, Any]:

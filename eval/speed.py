@@ -1,0 +1,153 @@
+"""How fast and how large: dense and pruned models measured in turns in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from llmprune.checkpoint.source import Checkpoint, resolve
+from llmprune.eval.perplexity import open_model
+from llmprune.job import longest
+from llmprune.memory import PeakMemory, current
+from llmprune.types import UserError
+
+
+def bench(
+    models: Mapping[str, str | Path],
+    *,
+    prompt: int = 128,
+    new: int = 32,
+    batch_size: int = 1,
+    rounds: int = 7,
+    seed: int = 0,
+    sparse: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Time `models` (label → folder or Hub id) in turns: round by round, one after the other.
+
+    Prefill is the time to the first token of a random prompt of `prompt` tokens; decoding that of `new` greedy
+    tokens after it, per token (of the whole batch). The first round warms up and is not counted. Figures are
+    medians in seconds with the quartiles. `sparse`: all but the model called "dense" run their N:M layers on
+    the sparse kernels. Raises UserError.
+    """
+    limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+    opened: dict[str, PreTrainedModel] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for label, which in models.items():
+        started = time.perf_counter()
+        opened[label], _ = open_model(
+            which, _Unused(), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            sparse=sparse and label != "dense",
+        )  # fmt: skip
+        rows[label] = {"model": str(which), "load_s": time.perf_counter() - started, **_size(str(which), opened[label])}
+        if prompt + new > longest(opened[label].config):
+            raise UserError(
+                f"prompt {prompt} + new {new} is more than the {longest(opened[label].config)} tokens of {which}"
+            )
+    smallest = min(one.get_input_embeddings().weight.shape[0] for one in opened.values())
+    ids_BT = torch.randint(smallest, (batch_size, prompt), generator=torch.Generator().manual_seed(seed))
+    times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
+    for number in range(rounds + 1):
+        for label, model in opened.items():
+            place = ids_BT.to(model.device)
+            if number == 0:
+                rows[label]["prefill_flops"] = _flops(model, place)
+                rows[label]["memory"] = _peak(model, place, new)
+                continue
+            first, whole = _clock(model, place, 1), _clock(model, place, new)
+            times[label]["prefill"].append(first)
+            times[label]["decode"].append((whole - first) / (new - 1))
+    for label, row in rows.items():
+        for what, tokens in (("prefill", batch_size * prompt), ("decode", batch_size)):
+            row[what] = _spread(times[label][what], tokens)
+    one = next(iter(opened.values()))
+    return {
+        "models": rows,
+        "protocol": {
+            "prompt": prompt, "new": new, "batch_size": batch_size, "rounds": rounds, "seed": seed, "sparse": sparse,
+            "device": _device_name(one.device), "dtype": str(one.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        },
+    }  # fmt: skip
+
+
+class _Unused:
+    """In the place of a tokenizer, which no timing needs."""
+
+
+def _size(which: str, model: PreTrainedModel) -> dict[str, Any]:
+    checkpoint = Checkpoint(resolve(which))
+    tied = model.all_tied_weights_keys
+    weights = [one for name, one in model.named_parameters() if name not in tied]
+    return {
+        "file_bytes": sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files),
+        "params": sum(one.numel() for one in weights),
+        "zeros": sum(int((one == 0).sum()) for one in weights),
+        "weight_bytes": sum(one.numel() * one.element_size() for one in weights),
+    }
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> None:
+    model.generate(
+        input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), min_new_tokens=new, max_new_tokens=new,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _flops(model: PreTrainedModel, ids_BT: torch.Tensor) -> int:
+    """Floating point operations of the matrix products of a prefill, zeros counted like any weight."""
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids_BT, use_cache=False)
+    return int(counter.get_total_flops())
+
+
+def _clock(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> float:
+    _wait(model.device)
+    started = time.perf_counter()
+    _generate(model, ids_BT, new)
+    _wait(model.device)
+    return time.perf_counter() - started
+
+
+def _peak(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> dict[str, Any]:
+    """Bytes that a generation takes beyond the loaded models, at its peak, and how that was measured."""
+    if model.device.type == "cpu":
+        before = current()[0]
+        with PeakMemory(interval_s=0.005) as memory:
+            _generate(model, ids_BT, new)
+        return {"beyond_weights_bytes": max(memory.anonymous - before, 0), "by": "resident memory, sampled"}
+    torch.accelerator.reset_peak_memory_stats(model.device)
+    before = torch.accelerator.memory_allocated(model.device)
+    _generate(model, ids_BT, new)
+    _wait(model.device)
+    peak = torch.accelerator.max_memory_allocated(model.device)
+    return {"beyond_weights_bytes": peak - before, "by": "allocator"}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _spread(values: list[float], tokens: int) -> dict[str, float]:
+    """Median and quartiles in seconds, and the rate of `tokens` in the median time."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median_s": middle, "q1_s": low, "q3_s": high, "tokens_per_s": tokens / middle}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

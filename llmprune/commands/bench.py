@@ -1,0 +1,73 @@
+"""`llmprune bench`: time and size of a model, in turns with its dense baseline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from llmprune.commands import AsJson, Model, Trust
+from llmprune.types import UserError
+
+
+def bench(
+    model: Model,
+    baseline: Annotated[str | None, typer.Option(help="The dense model, measured in turns with MODEL.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens to decode.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Measurements of each; one more warms up.")] = 7,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Run N:M layers on the sparse kernels.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Trust = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time MODEL: prefill, decoding, loading; memory, file size, parameters, FLOPs."""
+    from llmprune.eval import speed
+
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out {out} must be a file in a folder that exists")
+    models = {"pruned": model} if baseline is None else {"dense": baseline, "pruned": model}
+    result = speed.bench(
+        models,
+        prompt=prompt,
+        new=new,
+        batch_size=batch_size,
+        rounds=rounds,
+        sparse=sparse,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("", *result["models"])
+    rows = result["models"].values()
+    for title, key in (("prefill", "prefill"), ("decode, a token", "decode")):
+        spreads = [
+            f"{1e3 * one[key]['median_s']:.3f} ms ({1e3 * one[key]['q1_s']:.3f}–{1e3 * one[key]['q3_s']:.3f})"
+            for one in rows
+        ]
+        table.add_row(title, *spreads)
+        table.add_row("  tokens/s", *(f"{one[key]['tokens_per_s']:,.0f}" for one in rows))
+    table.add_row("load", *(f"{one['load_s']:.2f} s" for one in rows))
+    table.add_row("weights", *(f"{one['weight_bytes'] / 2**20:,.1f} MiB" for one in rows))
+    table.add_row("beyond weights", *(f"{one['memory']['beyond_weights_bytes'] / 2**20:,.1f} MiB" for one in rows))
+    table.add_row("files", *(f"{one['file_bytes'] / 2**20:,.1f} MiB" for one in rows))
+    table.add_row("parameters", *(f"{one['params']:,} ({one['zeros'] / one['params']:.1%} zero)" for one in rows))
+    table.add_row("FLOPs of a prefill", *(f"{one['prefill_flops']:.3g}" for one in rows))
+    Console().print(table)
+    p = result["protocol"]
+    print(
+        f"medians (quartiles) of {p['rounds']} rounds in turns; prompt {p['prompt']}, {p['new']} new, batch "
+        f"{p['batch_size']}; {p['device']}, {p['dtype']}, {p['threads']} threads, torch {p['torch']}"
+    )

@@ -1,0 +1,133 @@
+"""`llmprune eval`: measure a model, beside its dense baseline if one is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from llmprune.commands import AsJson, Model, Trust
+from llmprune.types import UserError
+
+
+def evaluate(
+    model: Model,
+    perplexity: Annotated[list[str] | None, typer.Option(help="Text SPEC; may be repeated.")] = None,
+    seqlen: Annotated[str, typer.Option(help="Tokens a window, or max: the most the model takes.")] = "2048",
+    stride: Annotated[int | None, typer.Option(help="Distance of windows; they do not overlap by default.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure only the first windows.")] = None,
+    bos: Annotated[
+        str, typer.Option(help="Where BOS stands, if the tokenizer adds it: window, text, never.")
+    ] = "window",
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma list; local_… read files of yours.")] = None,
+    task_data: Annotated[Path | None, typer.Option(help="Folder with the files of the local tasks.")] = None,
+    limit: Annotated[float | None, typer.Option(help="Only the first N rows of a task; below 1: a share.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt; the task's own number by default.")
+    ] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put prompts in the chat template.")] = False,
+    generate: Annotated[bool, typer.Option("--generate", help="Let the model go on from fixed prompts.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt of yours to go on from; may be repeated.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The dense model: measured likewise, and compared.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows or requests a batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of lm-eval: few-shot examples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
+    trust_remote_code: Trust = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Enter the result in MODEL's llmprune.json too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure MODEL: perplexity on texts, lm-eval tasks, closeness to a dense baseline, samples."""
+    import llmprune
+
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise UserError(f"--out {out} must be a file in a folder that exists")
+    if not (seqlen == "max" or seqlen.isdigit()):
+        raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
+    report = Path(model) / "llmprune.json"
+    if record and not report.is_file():
+        raise UserError(f"--record: there is no {report}; only a model that llmprune made has one")
+    result = llmprune.evaluate(
+        model,
+        perplexity=perplexity or [],
+        tasks=[one.strip() for one in tasks.split(",") if one.strip()] if tasks else [],
+        baseline=baseline,
+        prompts=prompt or generate,
+        task_data=task_data,
+        seqlen="max" if seqlen == "max" else int(seqlen),
+        stride=stride,
+        max_windows=max_windows,
+        bos=bos,
+        limit=limit,
+        fewshot=fewshot,
+        chat_template=chat_template,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    if record:
+        content = json.loads(report.read_text())
+        report.write_text(json.dumps({**content, "evaluation": result}, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    console = Console()
+    baseline, comparison = result.get("baseline", {}), result.get("comparison", {})
+    if result["perplexity"]:
+        console.print(_perplexity_table(result, baseline, comparison))
+    if "tasks" in result:
+        console.print(_task_table(result, baseline, comparison))
+    for number, row in enumerate(result.get("generation", [])):
+        console.print(f"\n{row['prompt']}", markup=False, style="bold")
+        if baseline:
+            console.print(f"  dense: {baseline['generation'][number]['text']}", markup=False)
+        console.print(f"  {'pruned' if baseline else 'writes'}: {row['text']}", markup=False)
+
+
+def _perplexity_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
+    compared = ("dense", "KL", "same top token") if baseline else ()
+    table = Table(Column("text", overflow="fold"), "perplexity", *compared, Column("protocol", overflow="fold"))
+    for spec, row in result["perplexity"].items():
+        beside = []
+        if baseline:
+            close = comparison["perplexity"][spec]
+            beside = [f"{baseline['perplexity'][spec]['ppl']:.3f}", f"{close['kl']:.4f}", f"{close['top1']:.1%}"]
+        apart = "" if row["stride"] == row["seqlen"] else f", stride {row['stride']}"
+        begun = {"window": "BOS in each", "text": "BOS before the text", "never": "no BOS"}[row["bos_at"]]
+        protocol = (
+            f"{row['tokens']:,} tokens, {row['windows']} windows of {row['seqlen']}{apart}, {begun}, {row['dtype']}"
+        )
+        table.add_row(spec, f"{row['ppl']:.3f}", *beside, protocol)
+    return table
+
+
+def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
+    compared = ("dense", "paired p") if baseline else ()
+    table = Table("task", "metric", "value", *compared, "rows", "shots")
+    for name, row in result["tasks"].items():
+        for metric in (key for key, value in row.items() if isinstance(value, float) and key != "version"):
+            beside = []
+            if baseline:
+                test = comparison["tasks"].get(name, {}).get("log_likelihood" if metric == "perplexity" else metric, {})
+                p = test.get("p")
+                beside = [_with_error(baseline["tasks"][name], metric), "–" if p is None else f"{p:.3g}"]
+            table.add_row(name, metric, _with_error(row, metric), *beside, str(row["n"]), str(row["fewshot"]))
+    return table
+
+
+def _with_error(row: dict[str, Any], metric: str) -> str:
+    error = row["stderr"].get(metric)
+    return f"{row[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else "")

@@ -1,0 +1,119 @@
+"""Every command and every Python block of the README and the docs runs, in the order in which it stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from runner import cli
+
+import llmprune
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(llmprune.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "scripts" / "examples").glob("*.py"))
+# What other tests, or nobody but a person, can run: environments and downloads.
+NOT_HERE = ("./scripts/", "pip ")
+BLOCK = re.compile(r"^```(console|python|yaml)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the names that the docs use exist."""
+    for name in ("path/to/model", "MODEL"):
+        shutil.copytree(PACKAGE / "demo" / "model", tmp_path / name)
+        # the commands ask for long windows; a model that takes short ones keeps this quick
+        config = tmp_path / name / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 64}))
+    for name, source in (("text", "calibration"), ("other-text", "eval")):
+        text = (PACKAGE / "demo" / f"{source}.txt").read_text()
+        (tmp_path / f"{name}.txt").write_text(text[:20_000])
+    (tmp_path / "tasks").mkdir()
+    piqa = {"context": "Question: Why?\nAnswer:", "choices": ["Because.", "Not at all."], "label": 0}
+    blimp = {"uid": "a", "good": "The cats sleep.", "bad": "The cats sleeps."}
+    for name, row in (("piqa_valid", piqa), ("blimp", blimp)):
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    return [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_page(page: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("lm_eval", "altair", "vl_convert"):
+        pytest.importorskip(package)
+    if page.stem in ("evaluate", "report"):
+        # these pages go on from where README.md ends
+        ran = cli("prune", "path/to/model", "--method", "magnitude", "--pattern", "2:4", "--out", "pruned", "--quiet")
+        assert ran.code == 0, ran.err
+    for kind, text in blocks(page):
+        if kind == "yaml":
+            (work / "recipe.yaml").write_text(text)
+        elif kind == "python":
+            (work / "block.py").write_text(text)
+            runpy.run_path(str(work / "block.py"))
+        else:
+            for command in re.sub(r"\\\n\s*", " ", text).splitlines():
+                run(command, work, monkeypatch)
+
+
+def run(line: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not line.startswith("$ "):
+        return
+    command = line[2:].partition("   #")[0].strip()
+    if command.startswith(NOT_HERE):
+        return
+    words = shlex.split(command)
+    if words[:3] == ["python", "-m", "llmprune.eval.harness"]:
+        from llmprune.eval import harness
+
+        monkeypatch.setattr(sys, "argv", words[2:])
+        harness.main()
+        return
+    assert words[0] == "llmprune", f"nobody tests {command!r}"
+    if "--out" in words and words[1] == "prune":
+        shutil.rmtree(work / words[words.index("--out") + 1], ignore_errors=True)
+    ran = cli(*words[1:])
+    assert ran.code == 0, f"{command}: {ran.err}"
+
+
+def test_examples(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("lm_eval", "altair", "vl_convert"):
+        pytest.importorskip(package)
+    arguments = {
+        "prune": [
+            "path/to/model",
+            "pruned",
+            "--text",
+            "file:text.txt",
+            "--held-out",
+            "file:other-text.txt",
+            "--seqlen",
+            "64",
+        ],
+        "push": ["pruned", "you/model-2of4", "--base-model", "org/model"],
+        "harness": ["pruned", "tasks", "--limit", "4"],
+    }
+    assert set(arguments) == {path.stem for path in EXAMPLES}
+    for name, given in arguments.items():
+        monkeypatch.setattr(sys, "argv", [name, *given])
+        runpy.run_path(str(ROOT / "scripts" / "examples" / f"{name}.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "perplexity ×" in said and "base_model: org/model" in said and "acc,none" in said
+    assert (work / "pruned" / "report.html").stat().st_size > 100_000
+
+
+def test_pages_are_in_the_navigation() -> None:
+    navigation = (ROOT / "docs" / "mkdocs.yml").read_text()
+    for page in PAGES[1:]:
+        assert page.name in navigation

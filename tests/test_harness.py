@@ -1,0 +1,225 @@
+"""lm-eval runs our models, and our local tasks ask exactly what lm-eval's own tasks ask."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runner import cli
+
+import llmprune
+from llmprune import UserError
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("datasets")
+
+import datasets
+import lm_eval
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from llmprune.eval import harness
+from llmprune.eval.significance import difference
+
+DEMO = Path(llmprune.__file__).parent / "demo" / "model"
+OWN = Path(lm_eval.__file__).parent / "tasks"
+
+PIQA = [
+    {"goal": "How do I open a jar?", "sol1": "Twist the 'lid' hard.", "sol2": 'Say "open".', "label": 0},
+    {"goal": "dresser", "sol1": "replace drawer with bobby pin ", "sol2": "finish, with  bobby pin ", "label": 1},
+]
+LAMBADA = [
+    {"text": 'She looked at the clear stone.\n\n"Is it a sign?" he asked. She did not care about signs'},
+    {"text": "He came to the dock on his own, and there stood Shane"},
+]
+BLIMP = [
+    {"sentence_good": "Who should Derek hug after it?", "sentence_bad": "Who should Derek hug it after?", "UID": "a"},
+    {"sentence_good": "The cats sleep.", "sentence_bad": "The cats sleeps.", "UID": "a"},
+]
+MMLU = [
+    {"question": " What beats? ", "subject": "high_school_biology", "choices": ["a", "b c", "heart", "d"], "answer": 2},
+    {"question": "2+2?", "subject": "high_school_biology", "choices": ["1", "2", "3", "4"], "answer": 3},
+]
+
+
+def local_rows(name: str, rows: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """The same rows in the form of the local files."""
+    if name == "piqa":
+        return "piqa_valid.jsonl", [
+            {"context": f"Question: {r['goal']}\nAnswer:", "choices": [r["sol1"], r["sol2"]], "label": r["label"]}
+            for r in rows
+        ]
+    if name == "lambada":
+        cut = [row["text"].rsplit(" ", 1) for row in rows]
+        return "lambada_openai_test.jsonl", [{"context": context, "target": f" {last}"} for context, last in cut]
+    if name == "blimp":
+        return "blimp.jsonl", [{"uid": r["UID"], "good": r["sentence_good"], "bad": r["sentence_bad"]} for r in rows]
+    return "mmlu_test.jsonl", [
+        {"subject": r["subject"], "context": r["question"], "choices": r["choices"], "label": r["answer"]} for r in rows
+    ]
+
+
+def requests(task: ConfigurableTask) -> list[tuple[Any, ...]]:
+    task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests()
+    return [(one.request_type, one.args, one.doc_id, one.idx) for one in task.instances]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "rows"),
+    [
+        ("piqa", "piqa/piqa.yaml", PIQA),
+        ("lambada", "lambada/lambada_openai.yaml", LAMBADA),
+        ("blimp", "blimp/wh_island.yaml", BLIMP),
+        ("mmlu", "mmlu/default/mmlu_high_school_biology.yaml", MMLU),
+    ],
+)
+def test_same_requests_and_answers_as_lm_eval(tmp_path: Path, name: str, own: str, rows: list[dict[str, Any]]) -> None:
+    config = load_yaml(OWN / own)
+    split = config.get("test_split") or config["validation_split"]
+    config["custom_dataset"] = lambda **_: {split: datasets.Dataset.from_list(rows)}
+    config.pop("fewshot_split", None)
+    config.pop("training_split", None)
+    theirs = ConfigurableTask(config=config)
+    file, converted = local_rows(name, rows)
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in converted))
+    ours = harness.manager([f"local_{name}"], tmp_path).load([f"local_{name}"])["tasks"][f"local_{name}"]
+    assert requests(ours) == requests(theirs)
+    assert len(requests(ours)) == sum(len(ours.doc_to_choice(d)) if name != "lambada" else 1 for d in ours.eval_docs)
+    for our_doc, their_doc in zip(ours.eval_docs, theirs.eval_docs, strict=True):
+        assert ours.doc_to_target(our_doc) == theirs.doc_to_target(their_doc)
+        # the same answers count as right: first choice, then last, then a tie
+        for likelihoods in ([-1.0, -2.0, -3.0, -4.0], [-4.0, -3.0, -2.0, -1.0]):
+            count = 1 if name == "lambada" else len(ours.doc_to_choice(our_doc))
+            answers = [(one, one == -1.0) for one in likelihoods[:count]]
+            found, expected = ours.process_results(our_doc, answers), theirs.process_results(their_doc, answers)
+            assert {key: found[key] for key in expected} == expected
+
+
+@pytest.fixture
+def piqa(tmp_path: Path) -> Path:
+    file, rows = local_rows("piqa", PIQA * 3)
+    (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_harness_itself_runs_our_model(piqa: Path) -> None:
+    """lm-eval finds the class by its name, and it answers as lm-eval's own `hf` does on the same folder."""
+    found = {}
+    for name in ("llmprune", "hf"):
+        found[name] = simple_evaluate(
+            model=name,
+            model_args=f"pretrained={DEMO},dtype=float32",
+            tasks=["local_piqa"],
+            task_manager=harness.manager(["local_piqa"], piqa),
+            device="cpu",
+            batch_size=2,
+        )
+    ours, theirs = (found[name]["samples"]["local_piqa"] for name in ("llmprune", "hf"))
+    assert [row["resps"] for row in ours] == [row["resps"] for row in theirs] and len(ours) == 6
+    assert found["llmprune"]["results"] == found["hf"]["results"]
+
+
+def test_eval_of_tasks_beside_a_baseline(piqa: Path) -> None:
+    options = ["--tasks", "local_piqa", "--task-data", piqa, "--limit", 4, "--baseline", DEMO, "--json"]
+    ran = cli("eval", DEMO, *options, "--out", piqa / "out.json")
+    assert ran.code == 0, ran.err
+    result = json.loads(ran.out)
+    assert json.loads((piqa / "out.json").read_text()) == result
+    row = result["tasks"]["local_piqa"]
+    assert row["n"] == 4 and row["fewshot"] == 0 and 0 <= row["acc"] <= 1
+    assert row["stderr"]["acc"] == pytest.approx(math.sqrt(row["acc"] * (1 - row["acc"]) / 3), abs=1e-9)
+    assert result["baseline"]["tasks"] == result["tasks"]
+    assert result["comparison"]["tasks"]["local_piqa"]["acc"]["p"] == 1
+
+
+def test_sparse_goes_through_load(piqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = harness.open_model(DEMO)
+    asked: list[Any] = []
+
+    def load(folder: Path, *, sparse: bool) -> Any:
+        asked.append((folder, sparse))
+        return model
+
+    monkeypatch.setattr(llmprune, "load", load, raising=False)
+    assert harness.PrunedLM(str(DEMO), sparse=True)._model is model
+    assert asked == [(DEMO, True)]
+
+
+def test_wrong_tasks_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLMPRUNE_TASK_DATA", raising=False)
+    for arguments, says in (
+        (["--tasks", "local_pika"], "unknown task 'local_pika'; did you mean 'local_piqa'?"),
+        (["--tasks", "local_piqa"], "pass --task-data FOLDER"),
+        (["--tasks", "local_piqa", "--task-data", tmp_path], "there is no piqa_valid.jsonl"),
+        (["--record", "--perplexity", "demo"], "only a model that llmprune made"),
+    ):
+        ran = cli("eval", DEMO, *arguments)
+        assert ran.code == 2 and ran.out == "" and says in ran.err, ran.err
+
+
+def test_limit_keeps_paradigms_balanced(tmp_path: Path) -> None:
+    rows = [{"uid": uid, "good": f"{uid} {n} good", "bad": "bad"} for uid in "abc" for n in range(3)]
+    (tmp_path / "blimp.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = harness.manager(["local_blimp"], tmp_path).load(["local_blimp"])["tasks"]["local_blimp"]
+    assert [doc["good"][:3] for doc in task.eval_docs][:6] == ["a 0", "b 0", "c 0", "a 1", "b 1", "c 1"]
+
+
+@pytest.mark.shared
+def test_all_local_tasks_on_the_real_sets(shared: Path, tmp_path: Path) -> None:
+    for path in (shared / "data" / "tasks").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "wikitext2.test.raw").symlink_to(shared / "data" / "corpora" / "wikitext2.test.raw")
+    names = [path.stem for path in harness.TASKS.glob("local_*.yaml")]
+    loaded = harness.manager(names, tmp_path).load(names)["tasks"]
+    counts = {name: len(task.eval_docs) for name, task in loaded.items()}
+    assert counts["local_piqa"] == 1838 and counts["local_lambada"] == 5153 and counts["local_mmlu"] == 14042
+    assert counts["local_blimp"] == 67_000 and counts["local_winogrande"] == 1267
+    # the raw test file has 62 articles, as lm-eval's document-level set has
+    assert counts["local_wikitext"] == 62
+    for name, task in loaded.items():
+        task.set_config(key="num_fewshot", value=0)
+        task.build_all_requests(limit=3)
+        assert all(all(isinstance(text, str) for text in one.args) for one in task.instances), name
+
+
+def test_mcnemar_is_exact() -> None:
+    ours = [1, 1, 1, 1, 1, 0, 0, 1, 0, 1]
+    theirs = [0, 0, 0, 0, 0, 1, 0, 1, 0, 0]
+    found = difference(list(map(float, ours)), list(map(float, theirs)))
+    # by definition: all sign patterns of the discordant rows are equally likely
+    signs = [a - b for a, b in zip(ours, theirs, strict=True) if a != b]
+    extreme = [abs(sum(flip)) >= abs(sum(signs)) for flip in itertools.product((-1, 1), repeat=len(signs))]
+    assert found["p"] == pytest.approx(sum(extreme) / len(extreme), rel=1e-12)
+    assert (found["better"], found["worse"], found["delta"]) == (6, 1, 0.5)
+
+
+def test_paired_t_by_integration() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(size=12), rng.normal(size=12) + 0.5
+    found = difference(list(ours), list(theirs))
+    change = ours - theirs
+    t = change.mean() / (change.std(ddof=1) / math.sqrt(12))
+    scale = math.gamma(6) / (math.sqrt(11 * math.pi) * math.gamma(5.5))
+    inside = np.linspace(-abs(t), abs(t), 200_001)
+    density = scale * (1 + inside**2 / 11) ** -6
+    assert found["p"] == pytest.approx(1 - np.trapezoid(density, inside), rel=1e-6)
+    assert found["stderr"] == pytest.approx(change.std(ddof=1) / math.sqrt(12))
+
+
+def test_differences_without_spread() -> None:
+    assert difference([0.5, 0.5], [0.5, 0.5])["p"] == 1
+    assert difference([0.5], [0.7])["p"] is None
+    assert difference([1.5, 2.5], [0.5, 1.5])["p"] is None
+
+
+def test_other_rows_are_refused() -> None:
+    row = {"doc_id": 0, "filter": "none", "doc_hash": "a", "metrics": ["acc"], "acc": 1.0}
+    with pytest.raises(UserError, match="different rows"):
+        harness.compare({"x": [row]}, {"x": [{**row, "doc_hash": "b"}]})

@@ -1,0 +1,197 @@
+"""The report page: what it says, that it needs nothing from outside, and that it works in a browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runner import cli
+
+import llmprune
+from llmprune import UserError
+from llmprune.report.page import read_run, summary, table, write_page
+
+DEMO = Path(llmprune.__file__).parent / "demo" / "model"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two pruned models, measured beside the dense one."""
+    place = tmp_path_factory.mktemp("report")
+    made = []
+    for name, method, amount in (("half", "magnitude", {"sparsity": 0.3}), ("nm", "magnitude", {"pattern": "2:4"})):
+        llmprune.prune(DEMO, method=method, out=place / name, **amount)
+        ran = cli("eval", place / name, "--perplexity", "demo", "--seqlen", 64, "--max-windows", 4, "--baseline", DEMO,
+                  "--prompt", "Once", "--record")  # fmt: skip
+        assert ran.code == 0, ran.err
+        made.append(place / name)
+    return made
+
+
+@pytest.fixture
+def page(folders: list[Path], tmp_path: Path) -> Path:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    ran = cli("report", *folders, "--out", tmp_path / "report.html")
+    assert ran.code == 0, ran.err
+    return tmp_path / "report.html"
+
+
+def test_says_what_was_measured(folders: list[Path], tmp_path: Path) -> None:
+    runs = [read_run(folder) for folder in folders]
+    write_page(tmp_path / "plain.html", runs, figures=False)
+    text = (tmp_path / "plain.html").read_text()
+    for run in runs:
+        assert f"{run['evaluation']['perplexity']['demo']['ppl']:.3f}" in text
+        assert f"{run['evaluation']['baseline']['perplexity']['demo']['ppl']:.3f}" in text
+        assert run["evaluation"]["generation"][0]["text"].split()[0] in text
+        assert all(row["name"] in text for row in run["tensors"])
+    assert "times the dense model" in text
+    assert '<script type="module">' not in text
+
+
+def test_needs_nothing_from_outside(page: Path) -> None:
+    text = page.read_text()
+    head = text[: text.index('<script type="module">')]
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", head)
+    assert "@import" not in head and "url(" not in head
+    # and the browser is told to load nothing, whatever the library might try
+    assert "default-src 'none'" in head
+    assert page.stat().st_size < 2_000_000
+
+
+def test_foreign_text_is_escaped(folders: list[Path], tmp_path: Path) -> None:
+    run = read_run(folders[0])
+    evil = "</script><script>alert(1)</script>"
+    run["name"] = evil
+    run["evaluation"]["generation"][0]["text"] = evil
+    run["tensors"][0]["name"] = evil
+    for figures in (False, True):
+        if figures:
+            pytest.importorskip("altair")
+        write_page(tmp_path / "page.html", [run], figures=figures)
+        assert "<script>alert" not in (tmp_path / "page.html").read_text()
+
+
+def test_warnings(folders: list[Path], tmp_path: Path) -> None:
+    run = read_run(folders[0])
+    run["calibration"] = {"source": "file:a/text.txt", "sequences": 1, "longest": 2, "tokens": 2}
+    run["evaluation"]["perplexity"] = {"file:a/text.txt": run["evaluation"]["perplexity"]["demo"]}
+    run["evaluation"]["comparison"]["perplexity"] = {}
+    write_page(tmp_path / "page.html", [run], figures=False)
+    text = (tmp_path / "page.html").read_text()
+    assert "calibration and evaluation text are the same (text.txt)" in text and "times the dense" not in text
+    del run["evaluation"]
+    write_page(tmp_path / "page.html", [run], figures=False)
+    assert "quality was not measured" in (tmp_path / "page.html").read_text()
+    ratio = read_run(folders[0])["evaluation"]["comparison"]["perplexity"]["demo"]["ratio"]
+    for budget, warned in ((ratio - 0.001, True), (ratio + 0.001, False)):
+        write_page(tmp_path / "page.html", [read_run(folders[0])], figures=False, budget=budget)
+        assert ("times the dense" in (tmp_path / "page.html").read_text()) is warned
+
+
+def test_tables(folders: list[Path]) -> None:
+    heads, rows = summary([read_run(folder) for folder in folders])
+    assert [row[0] for row in rows] == ["dense model", "half", "nm"]
+    assert heads[-1] == "perplexity, demo" and len({len(row) for row in [heads, *rows]}) == 1
+    assert list(csv.reader(table(heads, rows, "csv").splitlines())) == [heads, *rows]
+    assert table(["a", "b"], [["1|2", "3"]], "md") == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |\n"
+    assert r"50\% & a\_b \\" in table(["x", "y"], [["50%", "a_b"]], "tex")
+
+
+def test_figures_for_papers(folders: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    ran = cli("report", folders[0], "--out", tmp_path / "r.html", "--figures", tmp_path / "figures")
+    assert ran.code == 0, ran.err
+    names = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert names == [
+        "half-error-by-matrix.png", "half-error-by-matrix.svg", "half-zeros-by-layer.png", "half-zeros-by-layer.svg",
+        "summary.csv", "summary.md", "summary.tex",
+    ]  # fmt: skip
+    assert (tmp_path / "figures" / names[0]).read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "figures" / names[1]).read_text()
+
+
+def test_refusals(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run of llmprune"):
+        read_run(DEMO)
+    assert cli("report", folders[0], "--out", tmp_path).code == 2
+    ran = cli("report", folders[0], folders[0], "--out", tmp_path / "x.html")
+    assert ran.code == 2 and "different names" in ran.err
+    assert not (tmp_path / "x.html").exists()
+
+
+PROBE = """
+<script type="module">
+const found = {};
+while (document.documentElement.dataset.drawn !== "yes") await new Promise((go) => setTimeout(go, 20));
+found.figures = document.querySelectorAll("[data-figure] svg").length;
+found.wanted = document.querySelectorAll("[data-figure]").length;
+found.wide = document.documentElement.scrollWidth <= innerWidth;
+const table = document.querySelector("table.sortable#models");
+const button = table.tHead.rows[0].cells[table.tHead.rows[0].cells.length - 1].querySelector("button");
+const last = () => [...table.tBodies[0].rows].map((row) => row.cells[row.cells.length - 1].textContent.trim());
+button.focus();
+found.focused = document.activeElement === button;
+button.click(); found.up = last();
+button.click(); found.down = last();
+found.sorted = button.closest("th").getAttribute("aria-sort");
+const cell = document.querySelector("[data-figure$='Error by matrix'] .mark-rect path");
+const box = cell.getBoundingClientRect();
+const at = { bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2 };
+for (const kind of ["pointerover", "mouseover", "pointermove", "mousemove"]) cell.dispatchEvent(new PointerEvent(kind, at));
+await new Promise((go) => setTimeout(go, 200));
+found.tooltip = document.querySelector("#vg-tooltip-element.visible")?.textContent ?? "";
+const note = document.createElement("pre");
+note.id = "found"; note.textContent = JSON.stringify(found);
+document.body.append(note);
+</script>
+"""
+
+
+def browse(page: Path, *options: str) -> tuple[str, list[str]]:
+    """What Chromium prints for the page, and the messages of its console."""
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        f"--user-data-dir={page.parent / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=8000",
+        *options, page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_in_a_browser(page: Path, width: int) -> None:
+    head, end, _ = page.read_text().rpartition("</body>")
+    page.write_text(head + PROBE + end)
+    dom, console = browse(page, f"--window-size={width},1000", "--dump-dom")
+    assert console == []
+    note = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
+    assert note is not None
+    found: dict[str, Any] = json.loads(note[1])
+    assert found["figures"] == found["wanted"] == 5
+    assert found["wide"], "the page scrolls sideways"
+    assert found["focused"] and found["sorted"] == "descending"
+    assert found["up"] == sorted(found["up"], key=float) and found["down"] == found["up"][::-1]
+    assert "layer" in found["tooltip"] and "error" in found["tooltip"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_screenshot_is_not_blank(page: Path) -> None:
+    pixels = []
+    for name, options in (("light", ()), ("dark", ("--blink-settings=preferredColorScheme=0",))):
+        shot = page.parent / f"{name}.png"
+        browse(page, "--window-size=1280,1600", f"--screenshot={shot}", *options)
+        pixels.append(shot.read_bytes())
+    # a blank page of this size compresses to a few kilobytes
+    assert all(len(one) > 50_000 for one in pixels)
+    assert pixels[0] != pixels[1]
