@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
@@ -14,22 +16,36 @@ METHODS = {
     "magnitude": "llmprune.methods.weight.magnitude:Magnitude",
     "wanda": "llmprune.methods.weight.wanda:Wanda",
     "sparsegpt": "llmprune.methods.weight.sparsegpt:SparseGPT",
+    "scored": "llmprune.methods.weight.scored:Scored",
+    "thanos": "llmprune.methods.weight.thanos:Thanos",
+    "alps": "llmprune.methods.weight.alps:Alps",
+    "obc": "llmprune.methods.weight.obc:Obc",
+    "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
     "admm": "llmprune.methods.weight.admm:Admm",
 }
 
 
 class Preset(NamedTuple):
-    """A named composition: what the recipe's keys of the same names are where it leaves them open."""
+    """A named composition: what the recipe's keys of the same names are where it leaves them open.
+
+    `options`: the method's own, where the recipe does not set them.
+    """
 
     method: str
     refine: str | None = None
     update: str | None = None
     retarget: float = 0.0
     reconstruct: int = 0
+    options: Mapping[str, Any] = MappingProxyType({})
+    paper: str | None = None
 
 
 PRESETS = {
     "auto": Preset("admm", retarget=0.75, reconstruct=2),
+    "ria": Preset("scored", options={"score": "ria"}, paper="arXiv:2402.10517"),
+    "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
+    "activation": Preset("scored", options={"score": "activation"}),
+    "random": Preset("scored", options={"score": "random"}),
 }
 
 
@@ -49,7 +65,7 @@ def method_of(recipe: Recipe) -> Method:
     for key, value, known in (("refine", refine, REFINEMENTS), ("update", update, UPDATES)):
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
-    method = make_method(preset.method, recipe.options)
+    method = make_method(preset.method, {**preset.options, **recipe.options}, seed=recipe.seed)
     refine, update = (None if one == "none" else one for one in (refine, update))
     return Composed(method, refine, update, strength) if refine or update or strength else method
 
@@ -58,7 +74,7 @@ def method_class(name: str) -> Any:
     """The class behind a method name, or behind the user's own `module:Class`; raises UserError."""
     path = METHODS.get(name, name if ":" in name else "")
     if not path:
-        raise UserError(f"unknown method {name!r}{nearest(name, list(METHODS))}")
+        raise UserError(f"unknown method {name!r}{nearest(name, [*METHODS, *PRESETS])}")
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
@@ -66,10 +82,15 @@ def method_class(name: str) -> Any:
         raise UserError(f"the method {name!r} cannot be imported: {error}") from error
 
 
-def make_method(name: str, options: dict[str, Any]) -> Method:
-    """The method with its options set; raises UserError for an option that it does not have."""
+def make_method(name: str, options: dict[str, Any], *, seed: int = 0) -> Method:
+    """The method with its options set; raises UserError for an option that it does not have.
+
+    `seed` is what a method that draws at random draws from, unless its options say otherwise.
+    """
     cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
+    if "seed" in known:
+        options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
             raise UserError(f"method {name!r} has no option {key!r}{nearest(key, list(known))}")
@@ -88,20 +109,22 @@ def _accepted(default: Any) -> tuple[type, ...]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row a method: name, kind, statistics it needs, patterns, kind of output, paper, options."""
+    """One row a method or preset: name, kind, statistics it needs, patterns, kind of output, paper, options."""
     rows = []
-    for name in METHODS:
-        cls = method_class(name)
-        options = {one.name: one.default for one in fields(cls)}
+    for name in [*METHODS, *PRESETS]:
+        preset = PRESETS.get(name, Preset(name))
+        # as a recipe would have it, so that what a preset adds is among the needs
+        method = method_of(Recipe(method=name))
+        options = {one.name: one.default for one in fields(method_class(preset.method))}
         rows.append(
             {
                 "name": name,
-                "kind": cls.kind,
-                "needs": sorted(cls.needs),
-                "patterns": list(cls.patterns),
-                "output": cls.output,
-                "paper": cls.paper,
-                "options": options,
+                "kind": method.kind,
+                "needs": sorted(method.needs),
+                "patterns": list(method.patterns),
+                "output": method.output,
+                "paper": method.paper if preset.paper is None else preset.paper,
+                "options": options | dict(preset.options),
             }
         )
     return rows
