@@ -37,6 +37,7 @@ LAYERS = {
     "allocation": 3,
     "methods": 3,
     "plan": 4,
+    "measurement": 4,
     "result": 4,
     "pipeline": 4,
     "job": 5,
