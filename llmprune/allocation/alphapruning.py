@@ -8,7 +8,8 @@ from llmprune.allocation import Dense
 from llmprune.allocation.fit import fit, refuse_pattern
 from llmprune.types import Budget
 
-REACH = 0.3  # amounts lie between 1 - REACH and 1 + REACH times a common one
+# amounts lie between 1 - REACH and 1 + REACH times a common one; the paper's value for SparseGPT (Wanda: 0.3)
+REACH = 0.2
 BINS = 100
 
 

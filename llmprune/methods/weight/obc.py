@@ -12,7 +12,7 @@ from llmprune.masks import lowest
 from llmprune.solvers.obs import eliminate
 from llmprune.solvers.subsets import exact
 from llmprune.statistics import GRAM, Stats
-from llmprune.types import Budget, Edit, Matrix
+from llmprune.types import Budget, Edit, Matrix, RunError
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,7 @@ class Obc:
         if not self.planned(*weight_OI.shape, budget):
             return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
         system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
-        inverse_II = stats.derived(
-            ("inverse64", self.damping),
-            lambda: torch.cholesky_inverse(torch.linalg.cholesky(system.matrix_II.double())),
-        )
+        inverse_II = stats.derived(("inverse64", self.damping), lambda: _inverse64(system.matrix_II))
         trace = eliminate((weight_OI * system.scale_I).double(), inverse_II, budget.pattern)
         taken_OS = torch.ones_like(trace.order_OS, dtype=torch.bool)
         if not budget.pattern.structured:
@@ -62,3 +59,10 @@ class Obc:
             taken_OS = torch.arange(trace.order_OS.shape[1], device=weight_OI.device) < per_row_O1
         pruned_OI = torch.zeros_like(weight_OI, dtype=torch.bool).scatter_(1, trace.order_OS, taken_OS)
         return Edit(exact(weight_OI, pruned_OI, system), pruned_OI)
+
+
+def _inverse64(matrix_II: torch.Tensor) -> torch.Tensor:
+    lower_II, info = torch.linalg.cholesky_ex(matrix_II.double())
+    if int(info):
+        raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")
+    return torch.cholesky_inverse(lower_II)
