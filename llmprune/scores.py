@@ -39,7 +39,7 @@ def wanda_adaptive(weight_OI: torch.Tensor, stats: Stats, key: str = "") -> torc
 
 
 def ria(weight_OI: torch.Tensor, stats: Stats, key: str = "") -> torch.Tensor:
-    """(|w_ij| / sum of column j + |w_ij| / sum of row i) * ||x_j||^0.5 (Zhang et al. 2024, eq. 4)."""
+    """(|w_ij| / sum of column j + |w_ij| / sum of row i) * ||x_j||^0.5 (RIA, Zhang et al. 2024)."""
     size_OI = weight_OI.abs()
     tiny = torch.finfo(torch.float32).tiny
     column_1I, row_O1 = size_OI.sum(0, keepdim=True).clamp_min(tiny), size_OI.sum(1, keepdim=True).clamp_min(tiny)

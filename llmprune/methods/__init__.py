@@ -42,7 +42,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "auto": Preset("admm", retarget=0.75, reconstruct=2),
-    "ria": Preset("scored", options={"score": "ria"}, paper="arXiv:2402.10517"),
+    "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
     "activation": Preset("scored", options={"score": "activation"}),
     "random": Preset("scored", options={"score": "random"}),
