@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmprune import masks
+from llmprune.grid import Grid
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import product_nt
 from llmprune.types import Budget
@@ -13,36 +14,56 @@ from llmprune.types import Budget
 STEP = 32
 
 
-def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget) -> float:
+def solve_block(
+    current_BO: torch.Tensor,
+    inverse_t_BB: torch.Tensor,
+    pruned_BO: torch.Tensor,
+    budget: Budget | None,
+    grid: Grid | None = None,
+) -> float:
     """Prune the rows of `current_BO` (B columns of the matrix, transposed) in order, in place.
 
     `inverse_t_BB`: the transposed block U' of the inverse factor, lower triangular. `pruned_BO`
-    receives the mask. Returns the sum of e^2 with e = w / U_jj over the pruned entries, which is
+    receives the mask, or holds it already where there is no `budget`. With a `grid`, kept weights are rounded
+    to it, and later columns make up for that too. Returns the sum of e^2 with e = (w - new w) / U_jj, which is
     the increase of the damped loss. Unstructured masks are chosen for the whole block at once, N:M
     masks just before each group, both on weights that already carry the compensation.
     """
-    if not budget.pattern.structured:
+    if budget and not budget.pattern.structured:
         score_BO = (current_BO / inverse_t_BB.diagonal()[:, None]).square()
         pruned_BO.copy_(masks.select(score_BO.T, budget, by="matrix").T)
-    loss: float = dispatch.run("sparsegpt_block", current_BO, inverse_t_BB, pruned_BO, budget)
+    by_group = budget if budget and budget.pattern.structured else Budget(0.0)
+    if grid:
+        return solve_block_torch(current_BO, inverse_t_BB, pruned_BO, by_group, grid)
+    loss: float = dispatch.run("sparsegpt_block", current_BO, inverse_t_BB, pruned_BO, by_group)
     return loss
 
 
 def solve_block_torch(
-    current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget
+    current_BO: torch.Tensor,
+    inverse_t_BB: torch.Tensor,
+    pruned_BO: torch.Tensor,
+    budget: Budget,
+    grid: Grid | None = None,
 ) -> float:
+    """The sweep itself: an N:M mask is chosen group by group, any other is there already."""
     width = len(current_BO)
     diagonal_B1 = inverse_t_BB.diagonal()[:, None]
-    step = budget.pattern.group or STEP
+    group = budget.pattern.group
     loss = 0.0
+    step = group or STEP
     for start in range(0, width, step):
         end = min(start + step, width)
-        if budget.pattern.structured:
+        if group:
             score_SO = (current_BO[start:end] / diagonal_B1[start:end]).square()
             pruned_BO[start:end] = masks.select(score_SO.T, budget, by="row").T
         error_SO = torch.empty_like(current_BO[start:end])
         for column in range(start, end):
             error_O = torch.mul(current_BO[column], pruned_BO[column], out=error_SO[column - start])
+            if grid:
+                rounded_O = grid.nearest(current_BO[column])
+                error_O += (current_BO[column] - rounded_O).masked_fill_(pruned_BO[column], 0)
+                current_BO[column] = rounded_O
             error_O /= diagonal_B1[column]
             if column + 1 < end:
                 current_BO[column + 1 : end].addr_(inverse_t_BB[column + 1 : end, column], error_O, alpha=-1)

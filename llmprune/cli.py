@@ -55,7 +55,7 @@ def prune(
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a batch.")] = None,
     schedule: Annotated[str | None, typer.Option(help="layer (lean) or module (one pass).")] = None,
-    allocation: Annotated[str | None, typer.Option(help="How the amount is spread: uniform, global.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="How the amount is spread: uniform, global, owl, …")] = None,
     targets: Annotated[str | None, typer.Option(help="Matrices: names, globs, re:REGEX; comma list.")] = None,
     ignore: Annotated[str | None, typer.Option(help="Matrices to leave alone; same form.")] = None,
     settings: Annotated[

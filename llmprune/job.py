@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 from llmprune import __version__, calibration
-from llmprune.allocation import allocator
+from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
@@ -26,6 +26,7 @@ from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
+from llmprune.measurement import Measurement
 from llmprune.memory import PeakMemory
 from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
@@ -61,7 +62,8 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        self.tokens = self._read_tokens() if self.method.needs else None
+        reads = bool(self.method.needs) or entry(recipe.allocation).measures
+        self.tokens = self._read_tokens() if reads else None
         self.output = None if out is None else Output(Path(out), self.fingerprint())
 
     def _check_amount(self) -> None:
@@ -80,8 +82,15 @@ class Job:
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
         weights = self._weights(writing=False)
+
+        def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
+            everywhere = self.recipe.calibration.all_experts
+            with self._prepared(weights):
+                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
+
+        dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
         with torch.no_grad():
-            allocate(self.plan, self.recipe, self.method, self._allocator, lambda: self._each_matrix(weights))
+            allocate(self.plan, self.recipe, self.method, self._allocator, dense)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -117,7 +126,7 @@ class Job:
             with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
                 if isinstance(weights, Streamed) and REST not in done:
                     weights.commit_rest()
-                if self.tokens is None:
+                if not self.method.needs:
                     pruning.run_without_data()
                 else:
                     pruning.run_on(self.model, self._batches())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -33,7 +34,7 @@ def reversed_cholesky(gram_lower_II: torch.Tensor, damping: float) -> Factor:
     U = inverse(R) is the factor that SparseGPT obtains by Cholesky, inversion and a second
     Cholesky (Frantar and Alistarh 2023, section 3.3), here from one Cholesky of the matrix with
     rows and columns reversed. If it fails in float32, float64 is tried, and only then does damping
-    grow, tenfold up to 1; at last RunError.
+    grow, tenfold up to 1 (not at all from 0); at last RunError.
     """
     mean = float(gram_lower_II.diagonal().mean(dtype=torch.float64))
     if not mean > 0 or mean == float("inf"):
@@ -49,7 +50,7 @@ def reversed_cholesky(gram_lower_II: torch.Tensor, damping: float) -> Factor:
             r_t_II = upper_II.flip(0, 1).to(torch.float32)
             return Factor(r_t_II, shift, rung, dtype == torch.float64)
     raise RunError(
-        f"the Gram matrix is not positive definite even with damping {MAX_DAMPING} and in float64; "
+        f"the Gram matrix is not positive definite even with damping {rung} and in float64; "
         "use more calibration text, or leave this matrix out with `ignore`"
     )
 
@@ -57,7 +58,7 @@ def reversed_cholesky(gram_lower_II: torch.Tensor, damping: float) -> Factor:
 def _ladder(damping: float) -> list[tuple[float, torch.dtype]]:
     # more precision costs time; more damping costs quality
     rungs = [(damping, torch.float32), (damping, torch.float64)]
-    while rungs[-1][0] < MAX_DAMPING:
+    while 0 < rungs[-1][0] < MAX_DAMPING:
         rungs.append((min(rungs[-1][0] * 10, MAX_DAMPING), torch.float64))
     return rungs
 
@@ -73,6 +74,11 @@ class Scaled:
     matrix_II: torch.Tensor
     scale_I: torch.Tensor
 
+    @cached_property
+    def factor(self) -> Factor:
+        """Its factor R, made once; nothing is added to the diagonal, which is damped already."""
+        return reversed_cholesky(self.matrix_II, 0.0)
+
 
 def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
     """Unit-diagonal form of a Gram matrix of which the lower triangle is valid."""
@@ -87,7 +93,9 @@ def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
 def inverse(matrix_II: torch.Tensor, shift: float) -> torch.Tensor:
     """Inverse of `matrix_II + shift * I`, symmetric positive definite; float64 if float32 fails, else RunError."""
     for dtype in (torch.float32, torch.float64):
-        lower_II, info = torch.linalg.cholesky_ex(matrix_II.to(dtype) + shift * torch.eye(len(matrix_II), dtype=dtype))
+        shifted_II = matrix_II.to(dtype, copy=True)
+        shifted_II.diagonal().add_(shift)
+        lower_II, info = torch.linalg.cholesky_ex(shifted_II)
         if int(info) == 0:
             return torch.cholesky_inverse(lower_II).float()
     raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from llmprune.allocation import Allocator, Weights
+from llmprune.allocation import Allocator, Dense
 from llmprune.arch.discover import Unit, find_units
 from llmprune.recipe import Recipe
 from llmprune.types import Budget, MatrixSpec, Method, UserError
@@ -23,7 +23,15 @@ class Plan:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def specs(self) -> list[MatrixSpec]:
-        return [spec for unit in self.units for spec in unit.matrices if spec.name in self.budgets]
+        return [spec for layer in self.layers() for spec in layer]
+
+    def chosen_units(self) -> list[Unit]:
+        """The units that hold a chosen matrix."""
+        return [unit for unit in self.units if any(spec.name in self.budgets for spec in unit.matrices)]
+
+    def layers(self) -> list[list[MatrixSpec]]:
+        """The chosen matrices of each of them."""
+        return [[spec for spec in unit.matrices if spec.name in self.budgets] for unit in self.chosen_units()]
 
 
 def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -55,10 +63,10 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
     return plan
 
 
-def allocate(plan: Plan, recipe: Recipe, method: Method, allocator: Allocator, weights: Weights) -> None:
+def allocate(plan: Plan, recipe: Recipe, method: Method, allocator: Allocator, dense: Dense) -> None:
     """Fill in the budgets; raises UserError for a pattern that does not divide a matrix's inputs."""
     specs = plan.specs()
-    plan.budgets = allocator(specs, recipe.budget(), weights)
+    plan.budgets = allocator(dense, recipe.budget())
     for override in recipe.overrides:
         budget = override.budget()
         for pattern in override.targets:

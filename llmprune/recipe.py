@@ -81,7 +81,9 @@ class Recipe(_Strict):
     method: str = "auto"
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
     refine: str | None = Field(default=None, description="how the mask is improved: swaps, or none")
-    update: str | None = Field(default=None, description="weights for the final mask: least-squares, or none")
+    update: str | None = Field(
+        default=None, description="weights for the final mask: least-squares, exact, sparsegpt, or none"
+    )
     retarget: float | None = Field(
         default=None, ge=0, le=1, description="how far to aim at the dense model's outputs, 0 to 1"
     )
@@ -92,7 +94,7 @@ class Recipe(_Strict):
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
-    allocation: str = "uniform"
+    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)

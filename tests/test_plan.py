@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import llmprune
 from llmprune import UserError
+from llmprune.allocation import Dense
 from llmprune.allocation.global_magnitude import global_magnitude
 from llmprune.plan import matches
 from llmprune.types import Budget, MatrixSpec, Pattern
@@ -216,9 +216,15 @@ def test_an_override_may_exempt_what_a_pattern_does_not_fit() -> None:
 # Global allocation.
 
 
-def specs_of(matrices: list[np.ndarray]) -> tuple[list[MatrixSpec], Callable[[], Any]]:
+def dense_of(matrices: list[np.ndarray]) -> Dense:
+    """A model of these matrices, each a layer of its own."""
     specs = [MatrixSpec(f"m{number}", None, *one.shape, False) for number, one in enumerate(matrices)]
-    return specs, lambda: zip(specs, map(torch.from_numpy, matrices), strict=True)
+
+    def measure(kinds: Any, look: Any) -> None:
+        raise AssertionError("no text is needed")
+
+    layers = [[spec] for spec in specs]
+    return Dense(layers, lambda: zip(specs, map(torch.from_numpy, matrices), strict=True), measure)
 
 
 def smallest(matrices: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
@@ -248,17 +254,18 @@ def test_global_amounts_are_those_of_sorting_everything(
     # few different values: nearly every choice is a tie
     random = np.random.default_rng(seed)
     matrices = [np.vectorize(level)(random.integers(0, levels, shape)).astype(np.float32) for shape in shapes]
-    specs, weights = specs_of(matrices)
-    budgets = global_magnitude(specs, Budget(sparsity), weights)
+    dense = dense_of(matrices)
+    specs = dense.specs
+    budgets = global_magnitude(dense, Budget(sparsity))
     found = [budgets[spec.name].pruned_of(spec.count) for spec in specs]
     assert found == [int(mask.sum()) for mask in smallest(matrices, sparsity)]
     assert sum(found) == Budget(sparsity).pruned_of(sum(spec.count for spec in specs))
 
 
 def test_global_allocation_refuses_a_pattern() -> None:
-    specs, weights = specs_of([np.ones((4, 4), dtype=np.float32)])
+    dense = dense_of([np.ones((4, 4), dtype=np.float32)])
     with pytest.raises(UserError, match="'global' needs a sparsity: the pattern 2:4"):
-        global_magnitude(specs, Budget(0.5, Pattern(2, 4)), weights)
+        global_magnitude(dense, Budget(0.5, Pattern(2, 4)))
 
 
 def small(layout: str, dtype: torch.dtype) -> PreTrainedModel:

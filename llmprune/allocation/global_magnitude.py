@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from llmprune.allocation import Weights
-from llmprune.types import Budget, MatrixSpec, UserError
+from llmprune.allocation import Dense, Weights
+from llmprune.allocation.fit import refuse_pattern
+from llmprune.types import Budget
 
 _LOW_BITS = 16
 
 
-def global_magnitude(specs: list[MatrixSpec], budget: Budget, weights: Weights) -> dict[str, Budget]:
+def global_magnitude(dense: Dense, budget: Budget) -> dict[str, Budget]:
     """Amounts under which magnitude pruning per matrix is magnitude pruning of the model as a whole.
 
     The k-th smallest |w| is found exactly by radix selection over the float32 bit patterns, whose
@@ -18,10 +19,8 @@ def global_magnitude(specs: list[MatrixSpec], budget: Budget, weights: Weights) 
     of the model. Ties at the threshold go to the matrices in model order. Raises UserError for an
     N:M pattern, which fixes the amount of every matrix.
     """
-    if budget.pattern.structured:
-        raise UserError(
-            f"allocation 'global' needs a sparsity: the pattern {budget.pattern} fixes every matrix's amount"
-        )
+    refuse_pattern("global", budget)
+    specs, weights = dense.specs, dense.weights
     left = budget.pruned_of(sum(spec.count for spec in specs))
     if left == 0:
         return dict.fromkeys((spec.name for spec in specs), Budget(0.0))

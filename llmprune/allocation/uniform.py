@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llmprune.allocation import Weights
-from llmprune.types import Budget, MatrixSpec
+from llmprune.allocation import Dense
+from llmprune.types import Budget
 
 
-def uniform(specs: list[MatrixSpec], budget: Budget, weights: Weights) -> dict[str, Budget]:
-    return {spec.name: budget for spec in specs}
+def uniform(dense: Dense, budget: Budget) -> dict[str, Budget]:
+    return {spec.name: budget for spec in dense.specs}

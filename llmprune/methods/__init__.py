@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
@@ -14,6 +16,11 @@ METHODS = {
     "magnitude": "llmprune.methods.weight.magnitude:Magnitude",
     "wanda": "llmprune.methods.weight.wanda:Wanda",
     "sparsegpt": "llmprune.methods.weight.sparsegpt:SparseGPT",
+    "scored": "llmprune.methods.weight.scored:Scored",
+    "thanos": "llmprune.methods.weight.thanos:Thanos",
+    "alps": "llmprune.methods.weight.alps:Alps",
+    "obc": "llmprune.methods.weight.obc:Obc",
+    "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
     "admm": "llmprune.methods.weight.admm:Admm",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
     "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
@@ -35,18 +42,27 @@ METHODS = {
 
 
 class Preset(NamedTuple):
-    """A named composition: what the recipe's keys of the same names are where it leaves them open."""
+    """A named composition: what the recipe's keys of the same names are where it leaves them open.
+
+    `options`: the method's own, where the recipe does not set them.
+    """
 
     method: str
     refine: str | None = None
     update: str | None = None
     retarget: float = 0.0
     reconstruct: int = 0
+    options: Mapping[str, Any] = MappingProxyType({})
+    paper: str | None = None
 
 
 PRESETS = {
     "auto": Preset("admm", retarget=0.75, reconstruct=2),
     "auto-fast": Preset("admm", retarget=0.75),
+    "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
+    "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
+    "activation": Preset("scored", options={"score": "activation"}),
+    "random": Preset("scored", options={"score": "random"}),
 }
 
 
@@ -60,7 +76,7 @@ def epochs_of(recipe: Recipe) -> int:
 def method_of(recipe: Recipe) -> Any:
     """What a recipe asks for, steps before and after included; raises UserError."""
     preset = PRESETS.get(recipe.method, Preset(recipe.method))
-    method = make_method(preset.method, recipe.options)
+    method = make_method(preset.method, {**preset.options, **recipe.options}, seed=recipe.seed)
     if method.kind != "weight":
         return method
     refine = preset.refine if recipe.refine is None else recipe.refine
@@ -86,10 +102,15 @@ def method_class(name: str) -> Any:
         raise UserError(f"the method {name!r} cannot be imported: {error}") from error
 
 
-def make_method(name: str, options: dict[str, Any]) -> Any:
-    """The method with its options set; raises UserError for an option that it does not have."""
+def make_method(name: str, options: dict[str, Any], *, seed: int = 0) -> Any:
+    """The method with its options set; raises UserError for an option that it does not have.
+
+    `seed` is what a method that draws at random draws from, unless its options say otherwise.
+    """
     cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
+    if "seed" in known:
+        options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
             raise UserError(f"method {name!r} has no option {key!r}{nearest(key, list(known))}")
@@ -107,11 +128,13 @@ def _accepted(default: Any) -> tuple[type, ...]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row a method: name, kind, statistics it needs, patterns, kind of output, paper, options, further steps."""
+    """One row a method or preset: name, kind, needed statistics, patterns, output, paper, options, further steps."""
     rows = []
     for name in (*PRESETS, *METHODS):
         preset = PRESETS.get(name, Preset(name))
+        # as a recipe would have it, so that what a preset adds is among the needs
         method = method_of(Recipe(method=name))
+        options = {one.name: one.default for one in fields(method_class(preset.method))}
         rows.append(
             {
                 "name": name,
@@ -119,9 +142,9 @@ def describe() -> list[dict[str, Any]]:
                 "needs": sorted(method.needs),
                 "patterns": list(method.patterns),
                 "output": method.output,
-                "paper": method.paper,
-                "options": {one.name: one.default for one in fields(method_class(preset.method))},
-                "steps": preset._asdict(),
+                "paper": method.paper if preset.paper is None else preset.paper,
+                "options": options | dict(preset.options),
+                "steps": {key: getattr(preset, key) for key in ("refine", "update", "retarget", "reconstruct")},
             }
         )
     return rows

@@ -11,7 +11,9 @@ import torch
 from llmprune.linalg import Scaled, scaled
 from llmprune.solvers.least_squares import least_squares
 from llmprune.solvers.retarget import retarget
+from llmprune.solvers.subsets import exact
 from llmprune.solvers.swaps import swaps
+from llmprune.solvers.sweep import sweep_mask
 from llmprune.statistics import DRIFT, GRAM, Stats
 from llmprune.types import Budget, Edit, Matrix, Method
 
@@ -22,6 +24,8 @@ UPDATES: dict[str, Callable[[torch.Tensor, torch.Tensor, Scaled, torch.Tensor], 
     "least-squares": lambda target_OI, pruned_OI, system, start_OI: least_squares(
         target_OI, pruned_OI, system, start_OI=start_OI
     ),
+    "exact": lambda target_OI, pruned_OI, system, start_OI: exact(target_OI, pruned_OI, system),
+    "sparsegpt": lambda target_OI, pruned_OI, system, start_OI: sweep_mask(target_OI, pruned_OI, system),
 }
 
 

@@ -136,3 +136,46 @@ def lowest_of_groups(scores_OI: np.ndarray, keep: int, group: int) -> np.ndarray
     """N:M by the same stable sort inside every `group` consecutive inputs."""
     outputs, inputs = scores_OI.shape
     return lowest_of_rows(scores_OI.reshape(-1, group), group - keep).reshape(outputs, inputs)
+
+
+def mask_losses(weight_I: np.ndarray, h_II: np.ndarray, group: int = 0, keep: int = 0) -> dict[int, float]:
+    """For one row, the lowest ‖w - ŵ‖²_H over every mask with each number of zeros; valid N:M masks if `group`."""
+    best: dict[int, float] = {}
+    for bits in range(2 ** len(weight_I)):
+        pruned_I = np.array([bits >> j & 1 for j in range(len(weight_I))], dtype=bool)
+        if group and (pruned_I.reshape(-1, group).sum(1) != group - keep).any():
+            continue
+        loss = obs(weight_I, h_II, pruned_I)[1]
+        best[int(pruned_I.sum())] = min(best.get(int(pruned_I.sum()), math.inf), loss)
+    return best
+
+
+def best_matrix_loss(weight_OI: np.ndarray, h_II: np.ndarray, count: int, group: int = 0, keep: int = 0) -> float:
+    """The lowest loss of a matrix over every mask with `count` zeros in all, however they are spread over the rows."""
+    reached = {0: 0.0}
+    for weight_I in weight_OI:
+        row = mask_losses(weight_I, h_II, group, keep)
+        sums: dict[int, float] = {}
+        for before, loss in reached.items():
+            for more, extra in row.items():
+                sums[before + more] = min(sums.get(before + more, math.inf), loss + extra)
+        reached = sums
+    return reached[count]
+
+
+def exact_obs(weight_I: np.ndarray, h_II: np.ndarray, steps: int, group: int = 0, keep: int = 0) -> list[int]:
+    """ExactOBS by the closed form alone: at each step the input whose removal leaves the lowest total loss.
+
+    Every candidate is tried by solving the whole problem anew, so that nothing is carried from step to step.
+    """
+    gone: list[int] = []
+    weight = np.array(weight_I, dtype=np.float64)
+    for _ in range(steps):
+        scores = []
+        for j in range(len(weight)):
+            full = group and sum(i // group == j // group for i in gone) == group - keep
+            if j not in gone and not full:
+                pruned_I = np.isin(np.arange(len(weight)), [*gone, j])
+                scores.append((obs(weight, h_II, pruned_I)[1], j))
+        gone.append(min(scores)[1])
+    return gone

@@ -54,6 +54,9 @@ class Admm:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
+            return Edit(matrix.weight_OI, torch.zeros_like(matrix.weight_OI, dtype=torch.bool), loss=0.0)
         system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
         dense_OI = matrix.weight_OI * system.scale_I
         pull_OI = product_nt(dense_OI, system.matrix_II)

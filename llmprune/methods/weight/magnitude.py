@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmprune import masks
+from llmprune import masks, scores
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Edit, Matrix
 
@@ -27,5 +27,5 @@ class Magnitude:
         return budget.pruned_of(outputs * inputs)
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
-        pruned_OI = masks.select(matrix.weight_OI.abs(), budget, by="matrix")
+        pruned_OI = masks.select(scores.magnitude(matrix.weight_OI), budget, by="matrix")
         return Edit(matrix.weight_OI.masked_fill(pruned_OI, 0), pruned_OI)

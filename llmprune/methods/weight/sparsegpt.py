@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from llmprune.kernels.product import product_nt
+from llmprune import masks
+from llmprune.grid import Grid
 from llmprune.kernels.sparsegpt_block import solve_block
 from llmprune.linalg import Factor, reversed_cholesky
+from llmprune.solvers.sweep import block_width, planned_by_block, sweep
 from llmprune.statistics import GRAM, Stats
 from llmprune.types import Budget, Edit, Matrix
+
+ORDERS = ("natural", "rose")
+# the order is changed where the losses of the blocks differ by more than this share of the largest
+UNEVEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,16 @@ class SparseGPT:
     block); columns that were never active are damped, not zeroed.
 
     `damping`: fraction of the mean of the Gram diagonal added to it. `block`: columns whose mask
-    is chosen together.
+    is chosen together. `order`: "natural", or "rose" to take the blocks and columns that stand to lose most
+    first, while many columns are left to make up for them (see `rose_order`). `bits`: round the kept weights to
+    a grid of that many bits a row in the same sweep (section 3.5); 0 leaves them as they are. The grid is in the
+    report; what is stored are ordinary floats on it, so the file is no smaller.
     """
 
     damping: float = 0.01
     block: int = 128
+    order: str = "natural"
+    bits: int = 0
 
     kind: ClassVar[str] = "weight"
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
@@ -43,45 +54,66 @@ class SparseGPT:
             raise ValueError(f"damping {self.damping} must be above 0 and at most 1")
         if self.block < 1:
             raise ValueError(f"block {self.block} must be at least 1 column")
+        if self.order not in ORDERS:
+            raise ValueError(f"order {self.order!r} must be one of {', '.join(ORDERS)}")
+        if self.bits and not 2 <= self.bits <= 8:
+            raise ValueError(f"bits {self.bits} must be 0 (no grid) or 2 … 8")
 
     def planned(self, outputs: int, inputs: int, budget: Budget) -> int:
-        widths = (min(self._block(budget), inputs - start) for start in range(0, inputs, self._block(budget)))
-        return sum(budget.pruned_of(outputs * width) for width in widths)
-
-    def _block(self, budget: Budget) -> int:
-        """The block width, rounded down so that no N:M group straddles two blocks."""
-        group = max(budget.pattern.group, 1)
-        return max(self.block // group, 1) * group
+        return planned_by_block(outputs, inputs, self.block, budget)
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
-        outputs, inputs = matrix.weight_OI.shape
-        if not self.planned(outputs, inputs, budget):
-            return Edit(matrix.weight_OI, torch.zeros_like(matrix.weight_OI, dtype=torch.bool), loss=0.0)
+        width = block_width(self.block, budget)
+        weight_OI = matrix.weight_OI
+        if not self.bits and not self.planned(*weight_OI.shape, budget):
+            return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
         factor: Factor = stats.derived(
             ("reversed_cholesky", self.damping), lambda: reversed_cholesky(stats.gram_lower_II, self.damping)
         )
-        # columns are processed one after the other: transposed, each is contiguous
-        dense_IO = matrix.weight_OI.T.contiguous()
-        change_IO = torch.zeros_like(dense_IO)
-        pruned_IO = torch.zeros_like(dense_IO, dtype=torch.bool)
-        loss = 0.0
-        width = self._block(budget)
-        for start in range(0, len(dense_IO), width):
-            here = slice(start, min(start + width, len(dense_IO)))
-            r_t_BB = factor.r_t_II[here, here]
-            inverse_t_BB = torch.linalg.solve_triangular(
-                r_t_BB, torch.eye(len(r_t_BB), device=r_t_BB.device), upper=False
-            )
-            current_BO = dense_IO[here].clone()
-            if start:
-                carried_BO = product_nt(factor.r_t_II[here, :start], change_IO[:start].T)
-                current_BO.addmm_(inverse_t_BB, carried_BO)
-            loss += solve_block(current_BO, inverse_t_BB, pruned_IO[here], budget)
-            torch.sub(dense_IO[here], current_BO, out=change_IO[here])
-        loss -= factor.shift * float(torch.sum(change_IO.square(), dtype=torch.float64))
-        notes: dict[str, object] = {}
+        order_I = rose_order(weight_OI, factor, budget, width) if self.order == "rose" else None
+        if order_I is not None:
+            weight_OI = weight_OI[:, order_I]
+            factor = reversed_cholesky(stats.gram_II[order_I][:, order_I], self.damping)
+        grid = Grid.of(weight_OI, self.bits) if self.bits else None
+
+        def solve(here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor) -> float:
+            return solve_block(current_BO, inverse_t_BB, pruned_BO, budget, grid)
+
+        swept = sweep(weight_OI, factor, width, solve)
+        new_OI, pruned_OI = swept.weight_OI, swept.pruned_OI
+        notes: dict[str, Any] = {}
+        if order_I is not None:
+            back_I = order_I.argsort()
+            new_OI, pruned_OI, notes["order"] = new_OI[:, back_I], pruned_OI[:, back_I], "rose"
         if factor.damping != self.damping or factor.float64:
-            notes = {"damping": factor.damping, "float64": factor.float64}
-        pruned_weight_IO = torch.sub(dense_IO, change_IO, out=change_IO)
-        return Edit(pruned_weight_IO.T, pruned_IO.T, notes, loss=max(loss, 0.0))
+            notes |= {"damping": factor.damping, "float64": factor.float64}
+        if grid:
+            notes["grid"] = grid.notes()
+        return Edit(new_OI, pruned_OI, notes, loss=swept.loss)
+
+
+def rose_order(weight_OI: torch.Tensor, factor: Factor, budget: Budget, width: int) -> torch.Tensor | None:
+    """The columns by what they stand to lose, most first; None where the blocks lose about the same.
+
+    ROSE (2026), from its abstract: SparseGPT's mask is chosen once on the dense weights; the scores of what it
+    removes are added up by block and by column, and where the block losses differ by more than `UNEVEN`, blocks
+    and the columns inside them are taken in descending order. The columns of an N:M group move together.
+    """
+    inputs, unit = weight_OI.shape[1], max(budget.pattern.group, 1)
+    # with U = inverse(R), U_jj = 1 / R_jj
+    score_OI = (weight_OI * factor.r_t_II.diagonal()).square()
+    blocks = [slice(start, min(start + width, inputs)) for start in range(0, inputs, width)]
+    losses = [
+        (score_OI[:, block] * masks.select(score_OI[:, block], budget, by="matrix")).sum(0).view(-1, unit).sum(1)
+        for block in blocks
+    ]
+    total_B = torch.stack([loss_U.sum() for loss_U in losses])
+    if float(total_B.max() - total_B.min()) <= UNEVEN * float(total_B.max()):
+        return None
+    columns_I = torch.arange(inputs, device=weight_OI.device)
+    ordered = []
+    for number in total_B.argsort(descending=True, stable=True).tolist():
+        units_U = losses[number].argsort(descending=True, stable=True)
+        ordered.append(columns_I[blocks[number]].view(-1, unit)[units_U].flatten())
+    return torch.cat(ordered)

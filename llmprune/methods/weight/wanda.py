@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmprune import masks
+from llmprune import masks, scores
 from llmprune.statistics import MOMENTS, Stats
 from llmprune.types import Budget, Edit, Matrix
 
@@ -28,6 +28,5 @@ class Wanda:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
-        score_OI = matrix.weight_OI.abs() * stats.square_sums_I.sqrt()
-        pruned_OI = masks.select(score_OI, budget, by="row")
+        pruned_OI = masks.select(scores.wanda(matrix.weight_OI, stats), budget, by="row")
         return Edit(matrix.weight_OI.masked_fill(pruned_OI, 0), pruned_OI)

@@ -1,0 +1,40 @@
+"""Layers with many outlying weights keep more."""
+
+from __future__ import annotations
+
+import torch
+
+from llmprune import scores
+from llmprune.allocation import Dense, Measured
+from llmprune.allocation.fit import fit, refuse_pattern
+from llmprune.statistics import MOMENTS
+from llmprune.types import Budget
+
+OUTLYING = 5.0  # times the layer's mean score
+REACH = 0.08  # the sparsest layer is twice this above the densest
+
+
+def owl(dense: Dense, budget: Budget) -> dict[str, Budget]:
+    """Yin et al. 2024, "Outlier Weighed Layerwise Sparsity" (arXiv:2310.05175), equations 2 and 3.
+
+    A layer's share of outliers is that of the Wanda scores of all its matrices above `OUTLYING` times their mean, in
+    the dense model. Sparsity falls linearly with it, over a range of 2 * `REACH`. Layers that are all alike get the
+    same amount. Raises UserError for an N:M pattern.
+    """
+    refuse_pattern("owl", budget)
+    share = [0.0] * len(dense.layers)
+
+    def look(number: int, matrices: Measured) -> None:
+        total, count = 0.0, 0
+        for _, weight_OI, stats in matrices():
+            total += float(scores.wanda(weight_OI, stats).sum(dtype=torch.float64))
+            count += weight_OI.numel()
+        limit = OUTLYING * total / max(count, 1)
+        above = sum(int((scores.wanda(weight_OI, stats) > limit).sum()) for _, weight_OI, stats in matrices())
+        share[number] = above / max(count, 1)
+
+    dense.measure(frozenset({MOMENTS}), look)
+    low, high = min(share), max(share)
+    spread = high - low or 1.0
+    lead = dense.by_layer([2 * REACH * (one - low) / spread for one in share])
+    return fit(dense.specs, budget, lambda level: {name: level - one for name, one in lead.items()})

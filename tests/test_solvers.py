@@ -1,0 +1,415 @@
+"""Scores and solvers of the weight family against float64 references and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+from llmprune import masks, scores
+from llmprune.kernels.sparsegpt_block import solve_block
+from llmprune.linalg import reversed_cholesky, scaled
+from llmprune.methods import method_of
+from llmprune.methods.weight.alps import Alps
+from llmprune.methods.weight.obc import Obc
+from llmprune.methods.weight.scored import Scored
+from llmprune.methods.weight.sparsegpt import SparseGPT, rose_order
+from llmprune.methods.weight.thanos import Thanos
+from llmprune.recipe import Recipe
+from llmprune.solvers.dsnot import dsnot
+from llmprune.solvers.obs import eliminate
+from llmprune.solvers.subsets import exact, solve_subsets
+from llmprune.solvers.sweep import sweep_mask
+from llmprune.statistics import GRAM, MOMENTS, Stats
+from llmprune.types import UNSTRUCTURED, Budget, Edit, Matrix, Pattern, RunError, UserError
+
+TWO_OF_4, FOUR_OF_8 = (Budget.of(None, Pattern(*pair)) for pair in ((2, 4), (4, 8)))
+BUDGETS = [Budget(0.3), Budget(0.5), Budget(0.7), TWO_OF_4, FOUR_OF_8]
+
+
+def label(value: object) -> str | None:
+    if isinstance(value, Budget):
+        return str(value.pattern) if value.pattern.structured else f"{value.sparsity:g}"
+    return None
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(width: int, seed: int = 50) -> torch.Tensor:
+    x_TI = normal(3 * width, width, seed=seed) @ (torch.eye(width) + 0.2 * normal(width, width, seed=seed + 1))
+    return (x_TI + 0.3) * normal(width, seed=seed + 2).exp()
+
+
+def stats_of(x_TI: torch.Tensor) -> Stats:
+    stats = Stats(x_TI.shape[1], frozenset({GRAM, MOMENTS}))
+    stats.update(x_TI)
+    return stats
+
+
+def damped64(stats: Stats, damping: float = 0.01) -> np.ndarray:
+    return oracles.damped(stats.gram_II.double().numpy(), damping)
+
+
+def apart(found_OI: torch.Tensor, expected_OI: np.ndarray) -> float:
+    return float(np.linalg.norm(found_OI.double().numpy() - expected_OI) / np.linalg.norm(expected_OI))
+
+
+# --- scores ---
+
+
+def test_ria_by_hand() -> None:
+    weight_OI, stats = normal(6, 10), stats_of(inputs_of(10))
+    size, norm_I = np.abs(weight_OI.double().numpy()), np.sqrt(stats.square_sums_I.double().numpy())
+    expected = (size / size.sum(0) + size / size.sum(1)[:, None]) * np.sqrt(norm_I)
+    np.testing.assert_allclose(scores.ria(weight_OI, stats).numpy(), expected, rtol=1e-5)
+
+
+def test_ria_of_empty_rows_and_columns_is_finite() -> None:
+    weight_OI = normal(6, 10)
+    weight_OI[2], weight_OI[:, 3] = 0, 0
+    assert bool(torch.isfinite(scores.ria(weight_OI, stats_of(inputs_of(10)))).all())
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7])
+def test_row_adaptive_wanda_is_one_share_for_all_rows(sparsity: float) -> None:
+    weight_OI, stats = normal(12, 40) * normal(12, 1, seed=3).exp(), stats_of(inputs_of(40))
+    budget = Budget(sparsity)
+    pruned_OI = Scored("wanda-adaptive").solve(Matrix("m", weight_OI), stats, budget).pruned_OI
+    assert int(pruned_OI.sum()) == budget.pruned_of(480)
+    score = scores.wanda(weight_OI, stats).double().numpy()
+    # within a row a prefix of the ranking; across rows one alpha parts what went from the next that would go
+    lost, after = [], []
+    for row, gone in zip(score, pruned_OI.numpy(), strict=True):
+        reached = np.cumsum(np.sort(row)) / row.sum()
+        count = int(gone.sum())
+        assert set(np.argsort(row)[:count]) == set(np.flatnonzero(gone))
+        lost.append(reached[count - 1] if count else 0.0)
+        after.append(reached[count])
+    assert max(lost) <= min(after)
+
+
+def test_random_depends_on_name_and_seed_alone() -> None:
+    def mask(seed: int, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+        method = method_of(Recipe(method="random", seed=seed))
+        return method.solve(Matrix(name, weight_OI), None, Budget(0.5)).pruned_OI
+
+    first = mask(0, "a", normal(8, 40))
+    assert torch.equal(first, mask(0, "a", normal(8, 40, seed=1)))
+    others = [mask(0, "b", normal(8, 40)), mask(1, "a", normal(8, 40))]
+    # two independent masks agree on half of the 320 weights, give or take 9
+    assert all(100 < int((first == other).sum()) < 220 for other in others)
+    assert first.sum(1).tolist() == [20] * 8
+
+
+def test_a_score_can_be_compared_within_rows_or_matrix() -> None:
+    weight_OI = normal(8, 40) * normal(8, 1, seed=1).exp()
+    by_row = Scored("magnitude", "row").solve(Matrix("m", weight_OI), None, Budget(0.5)).pruned_OI
+    by_matrix = Scored("magnitude").solve(Matrix("m", weight_OI), None, Budget(0.5)).pruned_OI
+    assert by_row.sum(1).tolist() == [20] * 8 and not torch.equal(by_row, by_matrix)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"score": "wandaa"}, "must be one of"), ({"group": "column"}, "group"), ({"bits": 4}, "no option 'bits'")],
+)
+def test_what_scored_refuses(options: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        method_of(Recipe(method="scored", options=options))
+
+
+# --- systems of subsets, exact least squares ---
+
+
+def test_subsets_against_numpy() -> None:
+    matrix_II = damped64(stats_of(inputs_of(14)))
+    chosen_OI, right_OI = normal(9, 14) > 0, normal(9, 14, seed=1).double()
+    chosen_OI[3], chosen_OI[4] = False, True
+    found_OI = solve_subsets(torch.from_numpy(matrix_II), chosen_OI, right_OI).numpy()
+    for row, chosen_I in enumerate(chosen_OI.numpy()):
+        expected_I = np.zeros(14)
+        expected_I[chosen_I] = np.linalg.solve(matrix_II[np.ix_(chosen_I, chosen_I)], right_OI[row].numpy()[chosen_I])
+        np.testing.assert_allclose(found_OI[row], expected_I, atol=1e-12)
+    with pytest.raises(RunError, match="not positive definite"):
+        solve_subsets(-torch.from_numpy(matrix_II), chosen_OI, right_OI)
+
+
+# --- the sweep on a given mask ---
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=label)
+def test_the_sweep_on_sparsegpts_own_mask_is_sparsegpt(budget: Budget) -> None:
+    # inputs of equal size: then the damping of the unit-diagonal form is that of the mean
+    x_TI = inputs_of(136)
+    stats = stats_of(x_TI / x_TI.norm(dim=0))
+    weight_OI = normal(20, 136)
+    edit = SparseGPT().solve(Matrix("m", weight_OI), stats, budget)
+    found_OI = sweep_mask(weight_OI, edit.pruned_OI, scaled(stats.gram_lower_II, 0.01))
+    # float32, condition of some thousands
+    assert apart(found_OI, edit.weight_OI.double().numpy()) < 1e-4
+    assert not bool(found_OI[edit.pruned_OI].any())
+
+
+# --- SparseGPT's options ---
+
+
+def test_rose_order_is_descending_loss_and_only_where_blocks_differ() -> None:
+    stats = stats_of(normal(500, 40))
+    factor = reversed_cholesky(stats.gram_lower_II, 0.01)
+    weight_OI = normal(8, 40)
+    assert rose_order(weight_OI, factor, Budget(0.5), 8) is None
+    weight_OI[:, 16:24] *= 5
+    order_I = rose_order(weight_OI, factor, Budget(0.5), 8)
+    assert order_I is not None and sorted(order_I.tolist()) == list(range(40))
+    assert set(order_I[:8].tolist()) == set(range(16, 24))
+    score_OI = (weight_OI * factor.r_t_II.diagonal()).square()
+    for block_B in order_I.split(8):
+        block_B = block_B.sort().values
+        pruned_OB = masks.select(score_OI[:, block_B], Budget(0.5), by="matrix")
+        loss_B = (score_OI[:, block_B] * pruned_OB).sum(0)
+        at = {int(column): float(one) for column, one in zip(block_B, loss_B, strict=True)}
+        ordered = [at[int(column)] for column in order_I if int(column) in at]
+        assert ordered == sorted(ordered, reverse=True)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=label)
+def test_rose_is_the_textbook_on_reordered_columns(budget: Budget) -> None:
+    x_TI = inputs_of(48)
+    x_TI[:, 32:40] *= 8
+    stats, weight_OI = stats_of(x_TI), normal(10, 48)
+    order_I = rose_order(weight_OI, reversed_cholesky(stats.gram_lower_II, 0.01), budget, 16)
+    assert order_I is not None
+    edit = SparseGPT(block=16, order="rose").solve(Matrix("m", weight_OI), stats, budget)
+    pattern = budget.pattern
+    reference = oracles.sparsegpt(
+        weight_OI[:, order_I].numpy(),
+        stats.gram_II.double().numpy()[np.ix_(order_I, order_I)],
+        sparsity=budget.sparsity,
+        keep=pattern.keep,
+        group=pattern.group,
+        block=16,
+    )
+    assert reference.gap > 1e-4
+    np.testing.assert_array_equal(edit.pruned_OI[:, order_I].numpy(), reference.pruned_OI)
+    assert apart(edit.weight_OI[:, order_I], reference.weight_OI) < 1e-4
+    assert edit.notes == {"order": "rose"}
+    if pattern.structured:
+        kept_OG = (~edit.pruned_OI).unflatten(1, (-1, pattern.group)).sum(2)
+        assert bool((kept_OG == pattern.keep).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("budget", [Budget(0.0), Budget(0.5), TWO_OF_4], ids=label)
+def test_quantized_weights_lie_on_the_reported_grid(budget: Budget, bits: int) -> None:
+    stats, weight_OI = stats_of(inputs_of(48)), normal(10, 48)
+    edit = SparseGPT(bits=bits, block=16).solve(Matrix("m", weight_OI), stats, budget)
+    grid = edit.notes["grid"]
+    assert grid["bits"] == bits and len(grid["scale"]) == len(grid["zero"]) == 10
+    level_OI = edit.weight_OI.double().numpy() / np.array(grid["scale"])[:, None] + np.array(grid["zero"])[:, None]
+    # a float32 product and the difference that it is read back from: 2^-22 of up to 256 levels
+    np.testing.assert_allclose(level_OI, level_OI.round(), atol=1e-4)
+    assert level_OI.min() > -0.5 and level_OI.max() < 2**bits - 0.5
+    assert int(edit.pruned_OI.sum()) == budget.pruned_of(480) and not bool(edit.weight_OI[edit.pruned_OI].any())
+
+
+def test_later_columns_make_up_for_rounding() -> None:
+    stats, weight_OI = stats_of(inputs_of(48)), normal(10, 48)
+    h_II = damped64(stats)
+    edit = SparseGPT(bits=4).solve(Matrix("m", weight_OI), stats, Budget(0.0))
+    grid = edit.notes["grid"]
+    scale, zero = (torch.tensor(grid[name])[:, None] for name in ("scale", "zero"))
+    nearest_OI = ((weight_OI / scale).round() + zero).clamp(0, 15).sub(zero) * scale
+    swept, plain = (oracles.quadratic(weight_OI, one, h_II) for one in (edit.weight_OI, nearest_OI))
+    assert swept < plain
+    # the loss that the sweep adds up is the quadratic form
+    assert edit.loss == pytest.approx(
+        oracles.quadratic(weight_OI, edit.weight_OI, stats.gram_II.double().numpy()), rel=1e-4
+    )
+
+
+def test_a_given_mask_goes_through_the_block_unchanged() -> None:
+    current_BO, pruned_BO = normal(16, 5), normal(16, 5, seed=1) > 0
+    before_BO = pruned_BO.clone()
+    solve_block(current_BO, torch.eye(16), pruned_BO, None)
+    assert torch.equal(pruned_BO, before_BO)
+    assert torch.equal(current_BO, normal(16, 5).masked_fill(before_BO, 0))
+
+
+# --- OBC ---
+
+
+@pytest.mark.parametrize("pattern", [UNSTRUCTURED, Pattern(2, 4), Pattern(1, 4)], ids=str)
+def test_one_at_a_time_is_the_closed_form(pattern: Pattern) -> None:
+    h_II = damped64(stats_of(inputs_of(12)))
+    h_II /= np.sqrt(np.outer(np.diag(h_II), np.diag(h_II)))
+    weight_OI = normal(4, 12).double()
+    trace = eliminate(weight_OI, torch.from_numpy(np.linalg.inv(h_II)), pattern)
+    for row in range(4):
+        order = trace.order_OS[row].tolist()
+        assert order == oracles.exact_obs(weight_OI[row].numpy(), h_II, len(order), pattern.group, pattern.keep)
+        for step in range(1, len(order) + 1):
+            gone_I = np.isin(np.arange(12), order[:step])
+            expected = oracles.obs(weight_OI[row].numpy(), h_II, gone_I)[1]
+            assert float(trace.loss_OS[row, :step].sum()) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_obc_takes_the_lowest_losses_of_all_rows(sparsity: float) -> None:
+    stats, weight_OI = stats_of(inputs_of(16)), normal(7, 16) * normal(7, 1, seed=1).exp()
+    system = scaled(stats.gram_lower_II, 0.01)
+    edit = Obc().solve(Matrix("m", weight_OI), stats, Budget(sparsity))
+    h_II = system.matrix_II.double().numpy()
+    goal_OI = (weight_OI * system.scale_I).double()
+    trace = eliminate(goal_OI, torch.from_numpy(np.linalg.inv(h_II)), UNSTRUCTURED)
+    ranked = sorted(
+        (float(one), row, step) for row, losses in enumerate(trace.loss_OS) for step, one in enumerate(losses)
+    )
+    counts = np.bincount([row for _, row, _ in ranked[: Budget(sparsity).pruned_of(112)]], minlength=7)
+    for row, count in enumerate(counts.tolist()):
+        assert set(edit.pruned_OI[row].nonzero().flatten().tolist()) == set(trace.order_OS[row, :count].tolist())
+    best_OI = oracles.masked_least_squares(goal_OI.numpy(), h_II, edit.pruned_OI.numpy())
+    assert apart(edit.weight_OI * system.scale_I, best_OI) < 1e-6
+
+
+def test_obc_in_batches_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats, weight_OI = stats_of(inputs_of(16)), normal(7, 16)
+    whole = Obc().solve(Matrix("m", weight_OI), stats, Budget(0.5))
+    monkeypatch.setattr("llmprune.solvers.obs.ELEMENTS", 2 * 16 * 16)
+    parts = Obc().solve(Matrix("m", weight_OI), stats, Budget(0.5))
+    assert torch.equal(whole.pruned_OI, parts.pruned_OI) and torch.equal(whole.weight_OI, parts.weight_OI)
+
+
+# --- Thanos ---
+
+
+def thanos(weight_OI: np.ndarray, gram_II: np.ndarray, budget: Budget, block: int) -> oracles.Reference:
+    """Block by block in float64, with a fresh inverse of what is left and the removals of each row solved jointly."""
+    h_II = oracles.damped(gram_II, 0.01)
+    w_OI, pruned_OI = weight_OI.astype(np.float64), np.zeros(weight_OI.shape, dtype=bool)
+    loss = 0.0
+    for start in range(0, w_OI.shape[1], block):
+        end = min(start + block, w_OI.shape[1])
+        score_OB = np.abs(w_OI[:, start:end]) * np.sqrt(np.diag(gram_II)[start:end])
+        if budget.pattern.structured:
+            chosen_OB = oracles.lowest_of_groups(score_OB, budget.pattern.keep, budget.pattern.group)
+        else:
+            count = budget.pruned_of(score_OB.size)
+            chosen_OB = oracles.lowest_of_rows(score_OB.reshape(1, -1), count).reshape(score_OB.shape)
+        pruned_OI[:, start:end] = chosen_OB
+        rest_II = h_II[start:, start:]
+        for row, chosen_B in enumerate(chosen_OB):
+            gone_I = np.pad(chosen_B, (0, len(rest_II) - len(chosen_B)))
+            w_OI[row, start:], extra = oracles.obs(w_OI[row, start:], rest_II, gone_I)
+            w_OI[row, start:][gone_I] = 0
+            loss += extra
+    return oracles.Reference(w_OI, pruned_OI, loss, np.inf)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=label)
+def test_thanos_against_a_fresh_inverse_for_every_block(budget: Budget) -> None:
+    stats, weight_OI = stats_of(inputs_of(56)), normal(9, 56)
+    edit = Thanos(block=16).solve(Matrix("m", weight_OI), stats, budget)
+    reference = thanos(weight_OI.numpy(), stats.gram_II.double().numpy(), budget, 16)
+    np.testing.assert_array_equal(edit.pruned_OI.numpy(), reference.pruned_OI)
+    assert apart(edit.weight_OI, reference.weight_OI) < 1e-4
+    h_II = damped64(stats)
+    assert reference.loss == pytest.approx(oracles.quadratic(weight_OI, reference.weight_OI, h_II), rel=1e-9)
+    expected = oracles.quadratic(weight_OI, reference.weight_OI, stats.gram_II.double().numpy())
+    assert edit.loss == pytest.approx(expected, abs=1e-4 * reference.loss)
+
+
+def test_thanos_in_one_block_is_wanda_by_matrix_with_the_best_weights() -> None:
+    stats, weight_OI = stats_of(inputs_of(40)), normal(9, 40)
+    edit = Thanos().solve(Matrix("m", weight_OI), stats, Budget(0.5))
+    wanda = Scored("wanda", "matrix").solve(Matrix("m", weight_OI), stats, Budget(0.5))
+    assert torch.equal(edit.pruned_OI, wanda.pruned_OI)
+    best_OI = oracles.masked_least_squares(weight_OI.numpy(), damped64(stats), edit.pruned_OI.numpy())
+    assert apart(edit.weight_OI, best_OI) < 1e-4
+
+
+# --- ALPS ---
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=label)
+def test_alps_settles_below_the_error_of_sparsegpt(budget: Budget) -> None:
+    stats, weight_OI = stats_of(inputs_of(64)), normal(24, 64)
+
+    def error(edit: Edit) -> float:
+        return oracles.quadratic(weight_OI, edit.weight_OI, damped64(stats))
+
+    edit = Alps().solve(Matrix("m", weight_OI), stats, budget)
+    assert edit.notes["iterations"] < 300
+    assert error(edit) < error(SparseGPT().solve(Matrix("m", weight_OI), stats, budget))
+    polished_OI = oracles.masked_least_squares(weight_OI.numpy(), damped64(stats), edit.pruned_OI.numpy())
+    best = oracles.quadratic(weight_OI, polished_OI, damped64(stats))
+    assert best <= error(edit) <= 1.1 * best
+
+
+# --- DSnoT ---
+
+
+@pytest.mark.parametrize("budget", [Budget(0.5), Budget(0.7), TWO_OF_4, FOUR_OF_8], ids=label)
+def test_dsnot_brings_the_residual_down_and_keeps_the_counts(budget: Budget) -> None:
+    stats, weight_OI = stats_of(inputs_of(64)), normal(24, 64)
+    start_OI = Scored("wanda").solve(Matrix("m", weight_OI), stats, budget).pruned_OI
+    lost_OI = weight_OI.double() * stats.mean_I.double()
+    group = budget.pattern.group or 64
+    last_O = (lost_OI * start_OI).sum(1).abs()
+    first_O = last_O
+    for cycles in (0, 1, 2, 5, 50):
+        pruned_OI = dsnot(weight_OI, start_OI, stats, budget.pattern, cycles=cycles, threshold=1e-6)
+        counts = (one.unflatten(1, (-1, group)).sum(2) for one in (pruned_OI, start_OI))
+        assert torch.equal(*counts)
+        now_O = (lost_OI * pruned_OI).sum(1).abs()
+        assert bool((now_O <= last_O + 1e-6).all())
+        last_O = now_O
+    assert float(last_O.sum()) < 0.5 * float(first_O.sum())
+
+
+def test_dsnot_exchanges_what_the_paper_says() -> None:
+    """One row by hand: mean 1 everywhere, so the residual is the sum of the pruned weights."""
+    x_TI = torch.tensor([[0.0] * 5, [2.0] * 5])
+    weight_OI = torch.tensor([[3.0, 2.0, 0.5, -1.0, -2.5]])
+    pruned_OI = torch.tensor([[True, True, True, False, False]])
+    # residual 5.5: regrow the largest (3), prune the cheapest that pulls back (-1)
+    found_OI = dsnot(weight_OI, pruned_OI, stats_of(x_TI), UNSTRUCTURED, cycles=1, threshold=0.0)
+    assert found_OI.tolist() == [[False, True, True, True, False]]
+    # residual 1.5: regrow 2 for -2.5 would leave -3, which is no better: it stops
+    again_OI = dsnot(weight_OI, pruned_OI, stats_of(x_TI), UNSTRUCTURED, cycles=50, threshold=0.0)
+    assert torch.equal(found_OI, again_OI)
+    # and a threshold above the residual leaves it alone
+    kept_OI = dsnot(weight_OI, pruned_OI, stats_of(x_TI), UNSTRUCTURED, cycles=50, threshold=6.0)
+    assert torch.equal(kept_OI, pruned_OI)
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    list(
+        itertools.chain(
+            itertools.product(["sparsegpt", "thanos", "alps", "obc"], [{"damping": 0.0}]),
+            [("sparsegpt", {"order": "rosy"}), ("sparsegpt", {"bits": 1}), ("sparsegpt", {"bits": 16})],
+            [("alps", {"rho": 0.0}), ("alps", {"iterations": 0}), ("dsnot", {"cycles": -1}), ("thanos", {"block": 0})],
+            [("dsnot", {"score": "none"})],
+        )
+    ),
+    ids=str,
+)
+def test_options_out_of_range_are_refused(name: str, options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        method_of(Recipe(method=name, options=options))
+
+
+def test_exact_is_least_squares_in_float64() -> None:
+    stats, weight_OI = stats_of(inputs_of(30)), normal(8, 30)
+    pruned_OI = normal(8, 30, seed=2) > 0
+    system = scaled(stats.gram_lower_II, 0.01)
+    goal_OI = (weight_OI * system.scale_I).double().numpy()
+    best_OI = oracles.masked_least_squares(goal_OI, system.matrix_II.double().numpy(), pruned_OI.numpy())
+    assert apart(exact(weight_OI, pruned_OI, system) * system.scale_I, best_OI) < 1e-6
