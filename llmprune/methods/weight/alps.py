@@ -57,7 +57,8 @@ class Alps:
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
         weight_OI = matrix.weight_OI
-        if not self.planned(*weight_OI.shape, budget):
+        outputs, inputs = weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
         system, values_I, vectors_II = stats.derived(("eigen", self.damping), lambda: self._decompose(stats))
         pruned_OI, iterations = self._search(weight_OI * system.scale_I, budget, system, values_I, vectors_II)

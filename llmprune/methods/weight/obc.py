@@ -47,7 +47,8 @@ class Obc:
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
         weight_OI = matrix.weight_OI
-        if not self.planned(*weight_OI.shape, budget):
+        outputs, inputs = weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
         system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
         inverse_II = stats.derived(("inverse64", self.damping), lambda: _inverse64(system.matrix_II))

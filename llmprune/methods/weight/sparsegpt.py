@@ -66,7 +66,8 @@ class SparseGPT:
         assert stats is not None
         width = block_width(self.block, budget)
         weight_OI = matrix.weight_OI
-        if not self.bits and not self.planned(*weight_OI.shape, budget):
+        outputs, inputs = weight_OI.shape
+        if not self.bits and not self.planned(outputs, inputs, budget):
             return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
         factor: Factor = stats.derived(
             ("reversed_cholesky", self.damping), lambda: reversed_cholesky(stats.gram_lower_II, self.damping)

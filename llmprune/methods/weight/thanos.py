@@ -47,7 +47,8 @@ class Thanos:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
-        if not self.planned(*matrix.weight_OI.shape, budget):
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return Edit(matrix.weight_OI, torch.zeros_like(matrix.weight_OI, dtype=torch.bool), loss=0.0)
         factor: Factor = stats.derived(
             ("reversed_cholesky", self.damping), lambda: reversed_cholesky(stats.gram_lower_II, self.damping)
