@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import runpy
@@ -11,7 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from runner import cli
+from transformers import AutoModelForCausalLM
 
 import llmprune
 
@@ -32,6 +35,12 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         # the commands ask for long windows; a model that takes short ones keeps this quick
         config = tmp_path / name / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 64}))
+    # random weights, with the tokenizer of the model above
+    experts = copy.deepcopy(tiny.TINY["mixtral"])
+    experts.vocab_size = 512
+    AutoModelForCausalLM.from_config(experts).save_pretrained(tmp_path / "MOE_MODEL")
+    for path in (PACKAGE / "demo" / "model").glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "MOE_MODEL")
     for name, source in (("text", "calibration"), ("other-text", "eval")):
         text = (PACKAGE / "demo" / f"{source}.txt").read_text()
         (tmp_path / f"{name}.txt").write_text(text[:20_000])

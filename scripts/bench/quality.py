@@ -1,4 +1,4 @@
-"""Perplexity of every spine method on the small real models: model x method x amount.
+"""Perplexity of weight methods on the small real models: model x method x amount.
 
 Calibration: 64 sequences of 256 tokens of the text that belongs to each model, seed 0. Evaluation:
 windows of 256 tokens laid end to end over the model's evaluation text, float32.
@@ -25,6 +25,7 @@ MODELS = {
 METHODS = ("magnitude", "wanda", "sparsegpt")
 AMOUNTS: dict[str, dict[str, Any]] = {
     "50 %": {"sparsity": 0.5},
+    "60 %": {"sparsity": 0.6},
     "2:4": {"pattern": "2:4"},
     "4:8": {"pattern": "4:8"},
     "70 %": {"sparsity": 0.7},
@@ -50,13 +51,15 @@ def misfit(model: Path, amount: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
-    parser.add_argument("--schedule", default="layer")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--schedule", default="auto")
+    parser.add_argument("--name", default="quality", help="of the record under benchmarks/")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for name in arguments.models:
         model, text = record.SHARED / "models" / name, MODELS[name]
         results[name] = {"text": text, "dense": perplexity(model, text)}
-        for method in METHODS:
+        for method in arguments.methods:
             for label, amount in AMOUNTS.items():
                 results[name][f"{method} {label}"] = one(model, text, method, amount, arguments.schedule)
         print(name, {key: round(value["ppl"], 3) for key, value in results[name].items() if key != "text"}, flush=True)
@@ -67,7 +70,7 @@ def main() -> None:
             for label in AMOUNTS
         ]
         for name, found in results.items()
-        for method in METHODS
+        for method in arguments.methods
     ]
     note = (
         f"\nPerplexity, at most {WINDOWS} windows of 256 tokens of the evaluation text, float32; calibration on 64 x 256 "
@@ -76,7 +79,7 @@ def main() -> None:
         "* down_proj left dense: the pattern does not divide its inputs.\n"
     )
     save = {"environment": record.environment(), "protocol": note.strip(), "results": results}
-    record.save("quality", save, record.table(["model", "method", *AMOUNTS], rows) + note)
+    record.save(arguments.name, save, record.table(["model", "method", *AMOUNTS], rows) + note)
 
 
 def one(model: Path, text: str, method: str, amount: dict[str, Any], schedule: str) -> dict[str, Any]:
