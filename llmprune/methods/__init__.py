@@ -57,7 +57,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "auto": Preset("admm", retarget=0.75, reconstruct=2),
+    "auto": Preset("admm", retarget=0.75, reconstruct=3),
     "auto-fast": Preset("admm", retarget=0.75),
     "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
