@@ -108,9 +108,8 @@ class Job:
         """Do it. Raises RunError when something fails on the way."""
         trust = self.recipe.trust_remote_code
         if self.output is not None and resume and self.output.is_finished():
-            report = json.loads((self.output.folder / "llmprune.json").read_text())
             reporter.say(f"{self.output.folder} is already finished")
-            return Result(report, self.output.folder, trust)
+            return Result(self._stored_report(), self.output.folder, trust)
         if self.output is not None:
             self.output.open(resume=resume)
         for text in self.tokens.warnings if self.tokens else ():
@@ -138,8 +137,7 @@ class Job:
             self._add_files,
             lambda folder: self._report(weights, memory, started, self._verify(folder, weights)),
         )
-        report = json.loads((self.output.folder / "llmprune.json").read_text())
-        return Result(report, self.output.folder, trust, self._given, self._tokenizer)
+        return Result(self._stored_report(), self.output.folder, trust, self._given, self._tokenizer)
 
     def describe_plan(self) -> dict[str, Any]:
         """What would be done: the answer of a dry run."""
@@ -225,6 +223,11 @@ class Job:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)
             self.model.save_pretrained(folder)
+
+    def _stored_report(self) -> dict[str, Any]:
+        assert self.output is not None
+        report: dict[str, Any] = json.loads((self.output.folder / "llmprune.json").read_text())
+        return report
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
         expected = self._logits_in_memory if isinstance(weights, Resident) else None

@@ -92,13 +92,22 @@ def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
 
 def inverse(matrix_II: torch.Tensor, shift: float) -> torch.Tensor:
     """Inverse of `matrix_II + shift * I`, symmetric positive definite; float64 if float32 fails, else RunError."""
-    for dtype in (torch.float32, torch.float64):
-        shifted_II = matrix_II.to(dtype, copy=True)
-        shifted_II.diagonal().add_(shift)
-        lower_II, info = torch.linalg.cholesky_ex(shifted_II)
-        if int(info) == 0:
-            return torch.cholesky_inverse(lower_II).float()
-    raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")
+    shifted_II = matrix_II.to(torch.float32, copy=True)
+    shifted_II.diagonal().add_(shift)
+    lower_II, info = torch.linalg.cholesky_ex(shifted_II)
+    if int(info) == 0:
+        return torch.cholesky_inverse(lower_II)
+    shifted_II = matrix_II.to(torch.float64, copy=True)
+    shifted_II.diagonal().add_(shift)
+    return inverse64(shifted_II).float()
+
+
+def inverse64(matrix_II: torch.Tensor) -> torch.Tensor:
+    """Inverse of a symmetric positive definite matrix in float64; raises RunError if it is not."""
+    lower_II, info = torch.linalg.cholesky_ex(matrix_II.double())
+    if int(info):
+        raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")
+    return torch.cholesky_inverse(lower_II)
 
 
 def output_energy(weight_OI: torch.Tensor, gram_lower_II: torch.Tensor) -> float:

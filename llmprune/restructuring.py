@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -229,11 +228,6 @@ class Restructuring(Job):
                 with trunk.loaded(index), holding(unit.module, changed):
                     states = trunk.run(index, states)
             return trunk.logits(0, states[0])
-
-    def _stored_report(self) -> dict[str, Any]:
-        assert self.output is not None
-        report: dict[str, Any] = json.loads((self.output.folder / "llmprune.json").read_text())
-        return report
 
     def _report(
         self, weights: Streamed | Resident, memory: PeakMemory, started: float, verified: str

@@ -13,6 +13,7 @@ import torch
 
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
+from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
@@ -97,6 +98,17 @@ class Stats:
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
+
+    def scaled(self, damping: float) -> Scaled:
+        """The Gram matrix brought to unit diagonal, with `damping` added: computed once."""
+        system: Scaled = self.derived(("scaled", damping), lambda: scaled(self.gram_lower_II, damping))
+        return system
+
+    def factor(self, damping: float) -> Factor:
+        """The factor of the Gram matrix damped by that fraction of its mean diagonal: computed once."""
+        key = ("reversed_cholesky", damping)
+        factor: Factor = self.derived(key, lambda: reversed_cholesky(self.gram_lower_II, damping))
+        return factor
 
     def _need_moments(self) -> Moments:
         if self._moments is None:

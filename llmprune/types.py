@@ -128,6 +128,11 @@ class Edit:
     notes: dict[str, Any] = field(default_factory=dict)
     loss: float | None = None
 
+    @classmethod
+    def unchanged(cls, weight_OI: torch.Tensor) -> Edit:
+        """What a method answers where nothing is to be pruned."""
+        return cls(weight_OI, weight_OI.new_zeros(weight_OI.shape).bool(), loss=0.0)
+
 
 class Method(Protocol):
     """What every matrix method is: a frozen dataclass whose fields are its recipe keys.

@@ -35,8 +35,6 @@ def reconstruct(
     layer's parameters four times in float32 (values, gradients, two moments) and the activations of one
     batch. Returns the weights, and the relative squared error (of the targets' energy) before and after;
     if that did not fall, the weights are those given.
-
-    Sub-block reconstruction against dense activations with frozen masks: sheet weight-methods, 8.9.
     """
     energy = sum(float(one.float().square().sum()) for one in targets)
     before = sum(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy

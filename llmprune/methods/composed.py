@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.linalg import Scaled, scaled
+from llmprune.linalg import Scaled
 from llmprune.solvers.least_squares import least_squares
 from llmprune.solvers.retarget import retarget
 from llmprune.solvers.subsets import exact
@@ -65,7 +65,7 @@ class Composed:
         outputs, inputs = matrix.weight_OI.shape
         if not self.planned(outputs, inputs, budget):
             return self.method.solve(matrix, stats, budget)
-        system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
+        system = stats.scaled(self.damping)
         target_OI, notes = matrix.weight_OI, {}
         if self.retarget and stats.paired:
             target_OI = retarget(target_OI, stats.drift_II, system, self.retarget)

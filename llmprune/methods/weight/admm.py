@@ -9,7 +9,7 @@ import torch
 
 from llmprune import masks
 from llmprune.kernels.product import product_nt
-from llmprune.linalg import Scaled, inverse, scaled
+from llmprune.linalg import inverse
 from llmprune.statistics import GRAM, Stats
 from llmprune.types import Budget, Edit, Matrix
 
@@ -56,8 +56,8 @@ class Admm:
         assert stats is not None
         outputs, inputs = matrix.weight_OI.shape
         if not self.planned(outputs, inputs, budget):
-            return Edit(matrix.weight_OI, torch.zeros_like(matrix.weight_OI, dtype=torch.bool), loss=0.0)
-        system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
+            return Edit.unchanged(matrix.weight_OI)
+        system = stats.scaled(self.damping)
         dense_OI = matrix.weight_OI * system.scale_I
         pull_OI = product_nt(dense_OI, system.matrix_II)
         ridge_OI, dual_OI = dense_OI, torch.zeros_like(dense_OI)

@@ -59,7 +59,7 @@ class Alps:
         weight_OI = matrix.weight_OI
         outputs, inputs = weight_OI.shape
         if not self.planned(outputs, inputs, budget):
-            return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
+            return Edit.unchanged(weight_OI)
         system, values_I, vectors_II = stats.derived(("eigen", self.damping), lambda: self._decompose(stats))
         pruned_OI, iterations = self._search(weight_OI * system.scale_I, budget, system, values_I, vectors_II)
         new_OI = least_squares(weight_OI, pruned_OI, system, steps=self.polish)

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.linalg import Scaled, scaled
+from llmprune.linalg import inverse64
 from llmprune.masks import lowest
 from llmprune.solvers.obs import eliminate
 from llmprune.solvers.subsets import exact
 from llmprune.statistics import GRAM, Stats
-from llmprune.types import Budget, Edit, Matrix, RunError
+from llmprune.types import Budget, Edit, Matrix
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Obc:
         weight_OI = matrix.weight_OI
         outputs, inputs = weight_OI.shape
         if not self.planned(outputs, inputs, budget):
-            return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
-        system: Scaled = stats.derived(("scaled", self.damping), lambda: scaled(stats.gram_lower_II, self.damping))
-        inverse_II = stats.derived(("inverse64", self.damping), lambda: _inverse64(system.matrix_II))
+            return Edit.unchanged(weight_OI)
+        system = stats.scaled(self.damping)
+        inverse_II = stats.derived(("inverse64", self.damping), lambda: inverse64(system.matrix_II))
         trace = eliminate((weight_OI * system.scale_I).double(), inverse_II, budget.pattern)
         taken_OS = torch.ones_like(trace.order_OS, dtype=torch.bool)
         if not budget.pattern.structured:
@@ -60,10 +60,3 @@ class Obc:
             taken_OS = torch.arange(trace.order_OS.shape[1], device=weight_OI.device) < per_row_O1
         pruned_OI = torch.zeros_like(weight_OI, dtype=torch.bool).scatter_(1, trace.order_OS, taken_OS)
         return Edit(exact(weight_OI, pruned_OI, system), pruned_OI)
-
-
-def _inverse64(matrix_II: torch.Tensor) -> torch.Tensor:
-    lower_II, info = torch.linalg.cholesky_ex(matrix_II.double())
-    if int(info):
-        raise RunError("the damped Gram matrix is not positive definite even in float64; raise `damping`")
-    return torch.cholesky_inverse(lower_II)

@@ -68,10 +68,8 @@ class SparseGPT:
         weight_OI = matrix.weight_OI
         outputs, inputs = weight_OI.shape
         if not self.bits and not self.planned(outputs, inputs, budget):
-            return Edit(weight_OI, torch.zeros_like(weight_OI, dtype=torch.bool), loss=0.0)
-        factor: Factor = stats.derived(
-            ("reversed_cholesky", self.damping), lambda: reversed_cholesky(stats.gram_lower_II, self.damping)
-        )
+            return Edit.unchanged(weight_OI)
+        factor = stats.factor(self.damping)
         order_I = rose_order(weight_OI, factor, budget, width) if self.order == "rose" else None
         if order_I is not None:
             weight_OI = weight_OI[:, order_I]

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 
 from llmprune import masks
-from llmprune.linalg import Factor, reversed_cholesky
 from llmprune.solvers.subsets import solve_subsets
 from llmprune.solvers.sweep import block_width, planned_by_block, sweep
 from llmprune.statistics import GRAM, Stats
@@ -49,10 +48,8 @@ class Thanos:
         assert stats is not None
         outputs, inputs = matrix.weight_OI.shape
         if not self.planned(outputs, inputs, budget):
-            return Edit(matrix.weight_OI, torch.zeros_like(matrix.weight_OI, dtype=torch.bool), loss=0.0)
-        factor: Factor = stats.derived(
-            ("reversed_cholesky", self.damping), lambda: reversed_cholesky(stats.gram_lower_II, self.damping)
-        )
+            return Edit.unchanged(matrix.weight_OI)
+        factor = stats.factor(self.damping)
         norm_I = stats.square_sums_I.sqrt()
 
         def solve(here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor) -> float:
