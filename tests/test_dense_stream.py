@@ -60,8 +60,9 @@ class Shrinking:
         self.stats.update(stats)
         self.left[unit.name] -= stats.keys()
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         self.fitted[unit.name] = (calls, targets)
+        return True
 
     def finish(self, unit: Unit) -> None:
         self.finished.append(unit.name)

@@ -152,7 +152,8 @@ class _Course:
     def _fit(self) -> bool:
         """At the exit of a unit: fit it to the dense outputs; whether it must be run again, with its new weights."""
         assert self._unit is not None
-        assert self._inputs is not None
+        if self._inputs is None:  # it has run again
+            return False
         self._blocks.close()
         calls = [(call, first_tensor(output)) for call, output in self._suspended.payloads()]
         targets = [one.output for one in self._inputs if one.output is not None]
