@@ -141,6 +141,8 @@ class TrainingRun:
         plain.to(self.processes.device)
         targets = find_targets(plain)
         self.kind.check(targets)
+        if self.recipe.adapter is not None and (why := self.kind.without_adapter(targets)):
+            raise UserError(f"adapter={self.recipe.adapter}: {why}")
         torch.manual_seed(self.recipe.seed)  # where an adapter starts is drawn
         return Student(plain, self.kind.prepare(plain, targets), targets)
 
@@ -202,7 +204,7 @@ class TrainingRun:
             self.student = self._open_student()
             read_best(self.output.scratch, self.student.module)
         if recipe.adapter is not None and self.processes.is_main_process:
-            self.kind.save_adapter(self.student.module, Path(recipe.adapter))
+            self.kind.save_adapter(Path(recipe.adapter))
         plain, targets = self.student.plain, self.student.targets
         self.kind.merge(self.student.module)
         put_back(plain, targets)
