@@ -27,7 +27,7 @@ def place(name: str) -> tuple[int, str]:
 
 
 def figures(run: dict[str, Any]) -> dict[str, Any]:
-    """The charts of one run: heat maps of error and zeros, zeros of each layer, tokens of each expert."""
+    """The charts of one run: heat maps of error and zeros, zeros of each layer, tokens of experts, recoveries."""
     rows = []
     for tensor in run["tensors"]:
         layer, role = place(tensor["name"])
@@ -46,6 +46,9 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
     experts = [row for row in rows if row["tokens"] is not None and _EXPERT.search(row["matrix"])]
     if experts:
         charts["Tokens of each expert"] = _expert_load(experts)
+    for number, entry in enumerate(run.get("recovery", []), 1):
+        if len(entry.get("curve", [])) > 1:
+            charts[f"Recovery {number}: {entry['recipe']['how']}"] = _curve(entry["curve"], entry["best_step"])
     return charts
 
 
@@ -119,6 +122,18 @@ def _heat(rows: list[dict[str, Any]], field: str, title: str, scheme: str) -> al
         )
         .properties(width="container", height=ROW * len({role for _, role in cells}))
     )
+
+
+def _curve(curve: list[dict[str, Any]], best_step: int) -> alt.LayerChart:
+    """Held-out perplexity of a training; the weights that were kept are marked."""
+    values = [{**row, "kept": row["step"] == best_step} for row in curve]
+    base = alt.Chart(alt.Data(values=values)).encode(
+        x=alt.X("step:Q", title="step"),
+        y=alt.Y("perplexity:Q", title="held-out perplexity", scale=alt.Scale(zero=False)),
+        tooltip=["step:Q", alt.Tooltip("perplexity:Q", format=".3f")],
+    )
+    best = base.transform_filter("datum.kept").mark_point(color=ORANGE, filled=True, size=90)
+    return (base.mark_line(color=BLUE, point=True) + best).properties(width="container", height=220)
 
 
 def _by_layer(rows: list[dict[str, Any]]) -> alt.Chart:
