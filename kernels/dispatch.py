@@ -76,6 +76,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "matmul24": (
         Implementation(
+            "cusparselt",
+            "sparse24:matmul24_cusparselt",
+            eligibility.cusparselt,
+            eligibility.prefill_cusparselt,
+            eligibility.cusparselt_is_faster,
+        ),
+        Implementation(
             "gluon",
             "sparse24_gluon:matmul24",
             eligibility.mma_sp,

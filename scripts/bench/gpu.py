@@ -30,6 +30,8 @@ from llmprune.types import Budget, Matrix, Pattern
 
 # Outputs x inputs of the matrices of Llama 3 8B (q and o, k and v, gate and up, down), then 70B.
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
+# q, k and v, and gate and up, of the 8B as one matrix each.
+JOINED = [(6144, 4096), (28672, 4096)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
 DEVICE = "cuda"
 FLUSH_BYTES = 256 * 2**20
@@ -167,7 +169,7 @@ def part_solve(quick: bool) -> Iterator[Row]:
 
 
 def part_decode(quick: bool) -> Iterator[Row]:
-    for outputs, inputs in [(256, 512)] if quick else SHAPES:
+    for outputs, inputs in [(256, 512)] if quick else SHAPES + JOINED:
         weight = two_of_four(outputs, inputs)
         packed = sparse24.pack24(weight)
         masked = {share: half_zero(outputs, inputs, share) for share in (0.5, 0.7)}
@@ -189,17 +191,22 @@ def part_decode(quick: bool) -> Iterator[Row]:
 
 
 def part_prefill(quick: bool) -> Iterator[Row]:
-    """More tokens than the decode kernel takes: the matrix is expanded, then cuBLAS multiplies."""
-    for (outputs, inputs), tokens in itertools.product([(256, 512)] if quick else SHAPES[:4], [128, 512, 2048, 8192]):
+    """More tokens than the decode kernel takes: the matrix is expanded, then cuBLAS multiplies; or cuSPARSELt."""
+    shapes = [(256, 512)] if quick else SHAPES[:4] + JOINED
+    for (outputs, inputs), tokens in itertools.product(shapes, [128, 512, 2048, 8192]):
         weight, x = two_of_four(outputs, inputs), random(tokens, inputs)
         packed = sparse24.pack24(weight)
         with asked("matmul24=triton,unpack24=triton"):
             check_product(sparse24.matmul24(x, *packed), x, weight)
             expand = seconds(sparse24.unpack24, *packed)
             ours = seconds(sparse24.matmul24, x, *packed)
+        compressed = sparse24.compress24(weight)
+        with asked("matmul24=cusparselt"):
+            check_product(sparse24.matmul24(x, *packed, compressed), x, weight)
+            library = seconds(sparse24.matmul24, x, *packed, compressed)
         dense = seconds(dense_product, x, weight)
         shape = {"outputs": outputs, "inputs": inputs, "tokens": tokens}
-        yield {**shape, "expand": expand, "expand and multiply": ours, "cublas": dense}
+        yield {**shape, "expand": expand, "expand and multiply": ours, "cusparselt": library, "cublas": dense}
 
 
 PARTS = {
