@@ -115,9 +115,7 @@ def half_zero(outputs: int, inputs: int, sparsity: float) -> torch.Tensor:
     return random(outputs, inputs).masked_fill(torch.rand(outputs, inputs, device=DEVICE) < sparsity, 0)
 
 
-def check_product(
-    found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None = None
-) -> None:
+def check_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None = None) -> None:
     """One rounding to the result's dtype, one more for the product with a `base` that is added to, and of the sums."""
     exact = x.double() @ weight.double().T
     rounded = exact.abs() if base is None else exact.abs() + (x.double() @ base.double().T).abs()
