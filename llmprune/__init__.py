@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "prune": "llmprune.api",
+    "recover": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
@@ -23,10 +24,21 @@ _PUBLIC = {
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
 }
-__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "save_packed"]
+__all__ = [
+    "Recipe",
+    "Result",
+    "RunError",
+    "UserError",
+    "accelerate",
+    "evaluate",
+    "load",
+    "prune",
+    "recover",
+    "save_packed",
+]
 
 if TYPE_CHECKING:
-    from llmprune.api import prune
+    from llmprune.api import prune, recover
     from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result

@@ -48,11 +48,12 @@ LAYERS = {
     "sparse": 5,
     "eval": 6,
     "report": 6,
-    "demo": 7,
-    "api": 7,
-    "commands": 8,
-    "cli": 8,
-    "__main__": 9,
+    "recovery": 7,
+    "demo": 8,
+    "api": 8,
+    "commands": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 
 
