@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "prune": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
+    "run": "llmprune.workflow",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
     "save_packed": "llmprune.sparse",
@@ -23,7 +24,7 @@ _PUBLIC = {
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
 }
-__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "save_packed"]
+__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "run", "save_packed"]
 
 if TYPE_CHECKING:
     from llmprune.api import prune
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from llmprune.result import Result
     from llmprune.sparse import accelerate, load, save_packed
     from llmprune.types import RunError, UserError
+    from llmprune.workflow import run
 
 
 def __getattr__(name: str) -> Any:

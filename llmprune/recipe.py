@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -32,11 +32,13 @@ Names = Annotated[list[str], BeforeValidator(_as_names)]
 Layers = Annotated[int | list[int] | None, BeforeValidator(_as_layers)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Plain data of which every key must be known."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """Which text the statistics come from."""
 
     source: str = Field(default="demo", description="SPEC of the text")
@@ -50,7 +52,7 @@ class Calibration(_Strict):
     )
 
 
-class Engine(_Strict):
+class Engine(Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
     schedule: Literal["auto", "layer", "module"] = Field(
@@ -63,7 +65,7 @@ class Engine(_Strict):
     )
 
 
-class Override(_Strict):
+class Override(Strict):
     """Another amount for some matrices; the last override that matches counts."""
 
     targets: Names
@@ -74,7 +76,7 @@ class Override(_Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """What to prune, by which method, how much, and on which evidence."""
 
     model: str = ""
@@ -152,47 +154,60 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file; raises UserError."""
+    try:
+        loaded = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"the recipe {path} must be a mapping of keys to values")
+    return loaded
+
+
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key (`calibration.samples`) in nested data; raises UserError where a part of it holds no keys."""
+    *sections, last = key.split(".")
+    node = data
+    for part in sections:
+        # a section that the file leaves empty is null
+        node[part] = {} if node.get(part) is None else node[part]
+        node = node[part]
+        if not isinstance(node, dict):
+            raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
+    node[last] = value
+
+
 def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     """Build a recipe from a YAML file and settings that win over it.
 
     Settings are named by dotted keys (`calibration.samples`); a key that is no recipe key goes to
     the method's options. Raises UserError with the key, its value and the nearest known name.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = read_yaml(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise UserError(f"the recipe {path} must be a mapping of keys to values")
-        data = loaded
+    data: dict[str, Any] = {} if path is None else read_mapping(path)
     for key, value in settings.items():
-        head, *rest = key.split(".")
-        if not rest and head not in Recipe.model_fields:
-            key = f"options.{key}"
-        node = data
-        for part in key.split(".")[:-1]:
-            # a section that the file leaves empty is null
-            node[part] = {} if node.get(part) is None else node[part]
-            node = node[part]
-            if not isinstance(node, dict):
-                raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
-        node[key.split(".")[-1]] = value
+        assign(data, key if "." in key or key in Recipe.model_fields else f"options.{key}", value)
     return validate(data)
 
 
-def validate(data: dict[str, Any]) -> Recipe:
-    """A recipe from plain data; raises UserError for the first thing that is wrong with it."""
+Kind = TypeVar("Kind", bound=Strict)
+
+
+@overload
+def validate(data: dict[str, Any]) -> Recipe: ...
+@overload
+def validate(data: dict[str, Any], kind: type[Kind]) -> Kind: ...
+def validate(data: dict[str, Any], kind: type[Strict] = Recipe) -> Strict:
+    """A recipe (or another `kind`) from plain data; raises UserError for the first thing that is wrong with it."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _keys(first["loc"][:-1])
+            known = _keys(kind, first["loc"][:-1])
             raise UserError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise UserError(f"recipe key {where!r}: {first['msg']} (got {first['input']!r})") from error
 
@@ -232,8 +247,11 @@ def nearest(name: str, known: list[str]) -> str:
     return f"{meant} (known: {', '.join(sorted(known))})"
 
 
-def _keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = (
-        {"calibration": Calibration, "engine": Engine, "overrides": Override}.get(str(path[0])) if path else Recipe
-    )
-    return list(model.model_fields) if model else []
+def _keys(kind: type[Strict], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that may stand where `path` leads to in data of this kind."""
+    for part in path:
+        if isinstance(part, str):
+            annotation = kind.model_fields[part].annotation
+            sections = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+            kind = next(one for one in sections if issubclass(one, Strict))
+    return list(kind.model_fields)

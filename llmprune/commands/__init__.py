@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
+
+from llmprune.types import UserError
 
 Model = Annotated[str, typer.Argument(help="Model folder, or Hub id (@REVISION allowed).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key or method option.")
+]
+
+# Arguments of `api.prune` that are no part of a recipe.
+NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+
+
+def settings_of(pairs: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` pairs, values read as YAML: 0.1, true, [a, b]; raises UserError."""
+    from llmprune.recipe import read_yaml
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {pair!r} must have the form KEY=VALUE")
+        if key in NO_SETTINGS:
+            raise UserError(f"--set {pair!r}: {key} is no recipe key, but an argument of the command")
+        try:
+            found[key] = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {pair!r}: the value is not understood: {error}") from error
+    return found
