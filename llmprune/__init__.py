@@ -16,6 +16,7 @@ _PUBLIC = {
     "prune": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
     "run": "llmprune.workflow",
+    "search": "llmprune.searching.find",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
     "save_packed": "llmprune.sparse",
@@ -24,13 +25,26 @@ _PUBLIC = {
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
 }
-__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "run", "save_packed"]
+__all__ = [
+    "Recipe",
+    "Result",
+    "RunError",
+    "UserError",
+    "accelerate",
+    "evaluate",
+    "load",
+    "prune",
+    "run",
+    "save_packed",
+    "search",
+]
 
 if TYPE_CHECKING:
     from llmprune.api import prune
     from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result
+    from llmprune.searching.find import search
     from llmprune.sparse import accelerate, load, save_packed
     from llmprune.types import RunError, UserError
     from llmprune.workflow import run

@@ -18,6 +18,7 @@ from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.report import report
 from llmprune.commands.run import run
+from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ errors = Console(stderr=True, highlight=False)
 # What to do after a run that broke off, by command.
 HINTS = {
     "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "search": "\nwhat is measured is kept; run the same command again to go on",
     "run": "\nwhat is finished is kept; run the same command again to go on",
 }
 
@@ -39,6 +41,7 @@ app.command()(bench)
 app.command()(push)
 app.command()(report)
 app.command()(run)
+app.command()(search)
 
 
 @app.command()

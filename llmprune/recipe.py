@@ -187,9 +187,14 @@ def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
     the method's options. Raises UserError with the key, its value and the nearest known name.
     """
     data: dict[str, Any] = {} if path is None else read_mapping(path)
+    override(data, settings)
+    return validate(data)
+
+
+def override(data: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Settings by dotted key over the data of a recipe; a key that is no recipe key is a method's option."""
     for key, value in settings.items():
         assign(data, key if "." in key or key in Recipe.model_fields else f"options.{key}", value)
-    return validate(data)
 
 
 Kind = TypeVar("Kind", bound=Strict)

@@ -50,6 +50,7 @@ LAYERS = {
     "report": 6,
     "demo": 7,
     "api": 7,
+    "searching": 7,
     "workflow": 7,
     "commands": 8,
     "cli": 8,
