@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "prune": "llmprune.api",
+    "recover": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
     "run": "llmprune.workflow",
     "search": "llmprune.searching.find",
@@ -34,13 +35,14 @@ __all__ = [
     "evaluate",
     "load",
     "prune",
+    "recover",
     "run",
     "save_packed",
     "search",
 ]
 
 if TYPE_CHECKING:
-    from llmprune.api import prune
+    from llmprune.api import prune, recover
     from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result

@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, settings_of
+from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
 from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
+from llmprune.commands.recover import recover
 from llmprune.commands.report import report
 from llmprune.commands.run import run
 from llmprune.commands.search import search
@@ -29,9 +30,12 @@ app = typer.Typer(
 )
 errors = Console(stderr=True, highlight=False)
 
+# Arguments of `api.prune` that are no part of a recipe.
+NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
 # What to do after a run that broke off, by command.
 HINTS = {
     "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "recover": "\nwhat is finished is kept; run the same command with --resume to go on",
     "search": "\nwhat is measured is kept; run the same command again to go on",
     "run": "\nwhat is finished is kept; run the same command again to go on",
 }
@@ -39,6 +43,7 @@ HINTS = {
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(push)
+app.command()(recover)
 app.command()(report)
 app.command()(run)
 app.command()(search)
@@ -100,7 +105,7 @@ def prune(
         "seed": seed,
         "trust_remote_code": trust_remote_code or None,
     }
-    given.update(settings_of(settings))
+    given.update(read_settings(settings or [], NO_SETTINGS))
     model = model or _model_of(recipe)
     reporter = Reporter(quiet=quiet)
     result = api.prune(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, overload
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -30,10 +30,11 @@ def _as_layers(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_as_names)]
 Layers = Annotated[int | list[int] | None, BeforeValidator(_as_layers)]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """Plain data of which every key must be known."""
+    """Refuses keys that it does not know."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -154,8 +155,15 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; raises UserError."""
+def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
+    """Build a recipe from a YAML file and settings that win over it; raises UserError (see `merge_settings`)."""
+    return validate(merge_settings(read_recipe(path), settings, Recipe))
+
+
+def read_recipe(path: Path | None) -> dict[str, Any]:
+    """The keys and values of a YAML recipe, none if there is no file; raises UserError."""
+    if path is None:
+        return {}
     try:
         loaded = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -167,45 +175,33 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def assign(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key (`calibration.samples`) in nested data; raises UserError where a part of it holds no keys."""
-    *sections, last = key.split(".")
-    node = data
-    for part in sections:
-        # a section that the file leaves empty is null
-        node[part] = {} if node.get(part) is None else node[part]
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
-    node[last] = value
+def merge_settings(data: dict[str, Any], settings: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """`data` with settings put in, which are named by dotted keys (`calibration.samples`).
 
-
-def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
-    """Build a recipe from a YAML file and settings that win over it.
-
-    Settings are named by dotted keys (`calibration.samples`); a key that is no recipe key goes to
-    the method's options. Raises UserError with the key, its value and the nearest known name.
+    A key that `kind` does not have goes to its `options`. Raises UserError for a key below something that has none.
     """
-    data: dict[str, Any] = {} if path is None else read_mapping(path)
-    override(data, settings)
-    return validate(data)
-
-
-def override(data: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Settings by dotted key over the data of a recipe; a key that is no recipe key is a method's option."""
     for key, value in settings.items():
-        assign(data, key if "." in key or key in Recipe.model_fields else f"options.{key}", value)
+        head, *rest = key.split(".")
+        if not rest and head not in kind.model_fields:
+            key = f"options.{key}"
+        node = data
+        for part in key.split(".")[:-1]:
+            # a section that the file leaves empty is null
+            node[part] = {} if node.get(part) is None else node[part]
+            node = node[part]
+            if not isinstance(node, dict):
+                raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
+        node[key.split(".")[-1]] = value
+    return data
 
 
-Kind = TypeVar("Kind", bound=Strict)
+def validate(data: dict[str, Any]) -> Recipe:
+    """A pruning recipe from plain data; raises UserError."""
+    return validated(data, Recipe)
 
 
-@overload
-def validate(data: dict[str, Any]) -> Recipe: ...
-@overload
-def validate(data: dict[str, Any], kind: type[Kind]) -> Kind: ...
-def validate(data: dict[str, Any], kind: type[Strict] = Recipe) -> Strict:
-    """A recipe (or another `kind`) from plain data; raises UserError for the first thing that is wrong with it."""
+def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
+    """An object of `kind` from plain data; raises UserError for the first thing that is wrong with it."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -252,11 +248,11 @@ def nearest(name: str, known: list[str]) -> str:
     return f"{meant} (known: {', '.join(sorted(known))})"
 
 
-def _keys(kind: type[Strict], path: tuple[int | str, ...]) -> list[str]:
-    """The keys that may stand where `path` leads to in data of this kind."""
+def _keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `path` (numbers are places in a list)."""
     for part in path:
         if isinstance(part, str):
             annotation = kind.model_fields[part].annotation
-            sections = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
-            kind = next(one for one in sections if issubclass(one, Strict))
+            inner = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+            kind = next(one for one in inner if issubclass(one, BaseModel))
     return list(kind.model_fields)

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-import llmprune
 from llmprune import calibration, hub, stages
 from llmprune.checkpoint.output import REPORT_NAME, record, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.evaluate import evaluate, task_harness
 from llmprune.progress import Reporter
-from llmprune.recipe import Recipe, Strict, assign, read_mapping, validate
+from llmprune.recipe import Recipe, Strict, merge_settings, read_recipe, validated
+from llmprune.recovery.recipe import load_recovery
+from llmprune.recovery.run import recover
 from llmprune.report.page import BUDGET, read_run, write_figures, write_page
 from llmprune.result import Result
 from llmprune.types import UserError
@@ -71,7 +72,7 @@ class Workflow(Strict):
     """The sections of the file; all but `prune` may be left out. A section without keys means its defaults."""
 
     prune: Recipe
-    recover: dict[str, Any] | None = None
+    recover: dict[str, Any] | None = Field(default=None, description="a recipe of `llmprune recover`")
     eval: Evaluation | None = None
     report: Report | None = None
     push: Push | None = None
@@ -84,12 +85,11 @@ class Workflow(Strict):
 
 def load_workflow(recipe: str | Path | dict[str, Any], settings: dict[str, Any] | None = None) -> Workflow:
     """Read a file (or its content), with settings by dotted key (`prune.sparsity`) over it; raises UserError."""
-    data = recipe if isinstance(recipe, dict) else read_mapping(Path(recipe))
-    for key, value in (settings or {}).items():
-        assign(data, key, value)
+    data = recipe if isinstance(recipe, dict) else read_recipe(Path(recipe))
+    merge_settings(data, settings or {}, Workflow)
     if "prune" not in data:
         raise UserError("the recipe of a run needs a section prune: with the model, the method and the amount")
-    return validate(data, Workflow)
+    return validated(data, Workflow)
 
 
 def run(
@@ -122,8 +122,13 @@ def run(
     )
     models = {pruned: key}
     if workflow.recover is not None:
-        training, last = workflow.recover, folder / "recovered"
-        models[last] = steps.do("recover", [training, key], lambda: _recovery()(pruned, out=last, **training, **go_on))
+        last = folder / "recovered"
+        training = load_recovery(None, {**workflow.recover, "model": str(pruned)})
+        models[last] = steps.do(
+            "recover",
+            [training.model_dump(mode="json", exclude={"model"}), key],
+            lambda: recover(training, last, reporter=steps.reporter, **go_on),
+        )
     if workflow.eval is not None:
         for model, made in models.items():
             wanted = workflow.eval.model_dump()
@@ -167,18 +172,12 @@ def _check(workflow: Workflow) -> None:
     if not workflow.prune.model:
         raise UserError("the section prune: needs a model")
     if workflow.recover is not None:
-        _recovery()
+        load_recovery(None, dict(workflow.recover))
     if workflow.eval is not None:
         for spec in workflow.eval.perplexity:
             calibration.read_documents(spec, split="test")
         if workflow.eval.tasks:
             task_harness().manager(workflow.eval.tasks, workflow.eval.task_data)
-
-
-def _recovery() -> Any:
-    if "recover" not in llmprune.__all__:
-        raise UserError("this version of llmprune has no recovery training: leave the section recover: out")
-    return llmprune.recover  # type: ignore[attr-defined]
 
 
 def _measurement(model: Path, asked: Recipe, wanted: dict[str, Any]) -> Callable[[], None]:

@@ -48,13 +48,14 @@ LAYERS = {
     "sparse": 5,
     "eval": 6,
     "report": 6,
-    "demo": 7,
-    "api": 7,
-    "searching": 7,
-    "workflow": 7,
-    "commands": 8,
-    "cli": 8,
-    "__main__": 9,
+    "recovery": 7,
+    "demo": 8,
+    "api": 8,
+    "searching": 8,
+    "workflow": 9,
+    "commands": 10,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

@@ -36,6 +36,8 @@ class Output:
         self.partial = self._beside(".partial")
         self._replaced = self._beside(".replaced")
         self.fingerprint = fingerprint
+        # what a run needs between its beginning and its end; it goes when the folder is finished
+        self.scratch = self.partial / "scratch"
         self.records: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
 
@@ -134,6 +136,7 @@ class Output:
             raise
         for name in [*spent, JOURNAL_NAME]:
             (self.partial / name).unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         shutil.rmtree(self._replaced, ignore_errors=True)
         if self.folder.exists():
             self.folder.rename(self._replaced)

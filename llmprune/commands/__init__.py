@@ -14,23 +14,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modelling code that the checkpoint brings.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key or method option.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key or option of the method or kind.")
 ]
 
-# Arguments of `api.prune` that are no part of a recipe.
-NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
 
-
-def settings_of(pairs: list[str] | None) -> dict[str, Any]:
-    """`KEY=VALUE` pairs, values read as YAML: 0.1, true, [a, b]; raises UserError."""
+def read_settings(pairs: list[str], no_settings: tuple[str, ...]) -> dict[str, Any]:
+    """`KEY=VALUE` pairs, values read as YAML: 0.1, true, [a, b]; raises UserError, also for a key of `no_settings`."""
     from llmprune.recipe import read_yaml
 
     found = {}
-    for pair in pairs or []:
+    for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--set {pair!r} must have the form KEY=VALUE")
-        if key in NO_SETTINGS:
+        if key in no_settings:
             raise UserError(f"--set {pair!r}: {key} is no recipe key, but an argument of the command")
         try:
             found[key] = read_yaml(value)

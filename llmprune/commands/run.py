@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
-from llmprune.commands import AsJson, Quiet, Settings, settings_of
+from llmprune.commands import AsJson, Quiet, Settings, read_settings
+
+# Arguments of the call that are no part of a recipe.
+NO_SETTINGS = ("recipe", "out", "overwrite", "reporter", "settings")
 
 
 def run(
@@ -26,7 +29,11 @@ def run(
     from llmprune.progress import Reporter
 
     result = workflow.run(
-        recipe, out=out, overwrite=overwrite, reporter=Reporter(quiet=quiet), settings=settings_of(settings)
+        recipe,
+        out=out,
+        overwrite=overwrite,
+        reporter=Reporter(quiet=quiet),
+        settings=read_settings(settings or [], NO_SETTINGS),
     )
     if as_json:
         print(json.dumps(result.report))

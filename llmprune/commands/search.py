@@ -10,7 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.commands import AsJson, Quiet, Settings, Trust, settings_of
+from llmprune.commands import AsJson, Quiet, Settings, Trust, read_settings
+
+# Arguments of the call that are no part of a recipe.
+NO_SETTINGS = ("model", "out", "recipe", "reporter")
 
 
 def search(
@@ -67,7 +70,7 @@ def search(
         dtype=dtype,
         seed=seed,
         trust_remote_code=trust_remote_code or None,
-        **settings_of(settings),
+        **read_settings(settings or [], NO_SETTINGS),
     )
     if as_json:
         print(json.dumps(found))

@@ -20,7 +20,7 @@ from llmprune.checkpoint.source import resolve
 from llmprune.job import versions
 from llmprune.methods import method_class
 from llmprune.progress import Reporter
-from llmprune.recipe import Recipe, override, read_mapping, validate
+from llmprune.recipe import Recipe, merge_settings, read_recipe, validate, validated
 from llmprune.searching.asked import Limit, Search, levels_of, recipe_at, understood
 from llmprune.searching.bisection import bisect, climb
 from llmprune.searching.levels import Levels
@@ -48,7 +48,7 @@ def search(
     With a `budget`, `OUT/best.yaml` is the recipe of the smallest model within it, and `OUT/METHOD-AMOUNT` that model.
     Raises UserError for wrong input, before anything is measured.
     """
-    data = {} if recipe is None else read_mapping(Path(recipe))
+    data = read_recipe(None if recipe is None else Path(recipe))
     runs, asked = dict(data.get("prune") or {}), dict(data.get("search") or {})
     for key, value in settings.items():
         section, dot, short = key.rpartition(".")
@@ -57,11 +57,11 @@ def search(
         ):
             asked[short] = value
         elif value is not None:
-            override(runs, {SHORT.get(key, key): value})
+            merge_settings(runs, {SHORT.get(key, key): value}, Recipe)
     if model is not None:
         runs["model"] = str(model)
     folder, reporter = Path(out).expanduser().resolve(), reporter or Reporter(quiet=True)
-    result = explore(validate(runs), validate(asked, Search), folder, reporter)
+    result = explore(validate(runs), validated(asked, Search), folder, reporter)
     best = result.get("budget", {}).get("best")
     if best is not None:
         (folder / RECIPE_NAME).write_text(yaml.safe_dump(best["recipe"], sort_keys=False))
