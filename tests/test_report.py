@@ -15,7 +15,8 @@ from runner import cli
 
 import llmprune
 from llmprune import UserError
-from llmprune.report.page import read_run, summary, table, write_page
+from llmprune.report.page import read_run, write_page
+from llmprune.report.tables import summary, table
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -83,6 +83,44 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
     assert runner.product(out / "pruned") != before
 
 
+def test_a_budget_is_found_then_pruned_recovered_and_shown(tmp_path: Path) -> None:
+    for package in ("peft", "accelerate"):
+        pytest.importorskip(package)
+    search = {
+        "methods": ["magnitude"],
+        "budget": "ppl<=1.2x",
+        "levels": [0.2, 0.3, 0.6],
+        "perplexity": "demo",
+        "max_windows": 2,
+    }
+    training = {"steps": 2, "batch_size": 2, "evaluate_every": 1}
+    recovery = {"how": "finetune", "data": {"seqlen": 32}, "training": training}
+    prune = {key: value for key, value in PRUNE.items() if key not in ("method", "sparsity")}
+    recipe = write(tmp_path / "recipe.yaml", prune=prune, search=search, recover=recovery)
+    command = ("run", recipe, "--out", tmp_path / "out")
+    ran = cli(*command)
+    assert ran.code == 0, ran.err
+    found = json.loads((tmp_path / "out" / "search" / "search.json").read_text())["budget"]["best"]
+    pruned, recovered = (read_run(tmp_path / "out" / name) for name in ("pruned", "recovered"))
+    assert pruned["recipe"] == found["recipe"] and pruned["recipe"]["method"] == "magnitude"
+    assert recovered["recovery"][0]["recipe"]["how"] == "finetune"
+    page = (tmp_path / "out" / "report.html").read_text()
+    for run in (pruned, recovered):
+        assert f"{run['evaluation']['perplexity']['demo']['ppl']:.3f}" in page
+    assert "Budget ppl&lt;=1.2x" in page and "recovered: Recovery" in page
+    again = cli(*command)
+    assert "begins" not in again.err
+    # what is lost is made again, and nothing else
+    expected = runner.product(tmp_path / "out" / "recovered")
+    shutil.rmtree(tmp_path / "out" / "recovered")
+    journal = json.loads((tmp_path / "out" / "run.json").read_text())
+    del journal["recover"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(journal))
+    ran = cli(*command)
+    assert [line for line in ran.err.splitlines() if line.endswith("begins")] == ["recover: begins"]
+    assert runner.product(tmp_path / "out" / "recovered") == expected
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
@@ -93,6 +131,8 @@ def test_only_what_changed_is_done_again(tmp_path: Path) -> None:
         ({"prune": {**PRUNE, "model": ""}}, "needs a model"),
         ({"prune": {**PRUNE, "sparsity": 1.5}}, "1.5"),
         ({"push": {}}, "push.repo_id"),
+        ({"recover": {"how": "finetune", "training": {"stepps": 3}}}, "did you mean 'steps'"),
+        ({"search": {"perplexity": "demo", "budgit": 3}}, "did you mean 'budget'"),
         ({"publish": {}}, "unknown recipe key 'publish'"),
     ],
 )
