@@ -14,10 +14,10 @@ class Cost(NamedTuple):
 
 
 COSTS = {
-    "nonzero": Cost("non-zero parameters", "parameters that are not zero (share of the dense model's)"),
-    "parameters": Cost("parameters", "parameters (share of the dense model's)"),
-    "prefill": Cost("prefill time", "time to the first token (share of the dense model's)"),
-    "decode": Cost("decoding time", "time of each later token (share of the dense model's)"),
+    "nonzero": Cost("non-zero parameters", "non-zero parameters (share of dense)"),
+    "parameters": Cost("parameters", "parameters (share of dense)"),
+    "prefill": Cost("prefill time", "time to the first token (share of dense)"),
+    "decode": Cost("decoding time", "time of each later token (share of dense)"),
 }
 
 

@@ -120,7 +120,8 @@ def _view(run: dict[str, Any], budget: float) -> dict[str, Any]:
         }
         for stage in run.get("stages", [])
     ]
-    return {**run, "steps": stages, "method": words.methods(run), "recipe_text": yaml.safe_dump(run["recipe"], sort_keys=False), "worst": worst or 1.0,
+    seconds = sum(stage["run"]["seconds"] for stage in run.get("stages", [run]))
+    return {**run, "steps": stages, "seconds": seconds, "method": words.methods(run), "recipe_text": yaml.safe_dump(run["recipe"], sort_keys=False), "worst": worst or 1.0,
             "all_warnings": warnings, "samples": samples, "evaluation": evaluation}  # fmt: skip
 
 
@@ -145,6 +146,7 @@ def _search_view(found: dict[str, Any]) -> dict[str, Any]:
     calibration, windows = found["recipe"]["calibration"], found["dense"]["protocol"]
     return {
         **found,
+        "base": Path(found["model"]).name,
         "sentences": budget_sentences(found),
         "tables": {"Models": sweep_table(found), "Each layer alone": scan_table(found)},
         "protocol": f"Perplexity on {found['asked']['perplexity']}: {windows['windows']} windows of {windows['seqlen']} "
