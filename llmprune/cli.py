@@ -18,6 +18,8 @@ from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.recover import recover
 from llmprune.commands.report import report
+from llmprune.commands.run import run
+from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -30,12 +32,21 @@ errors = Console(stderr=True, highlight=False)
 
 # Arguments of `api.prune` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+# What to do after a run that broke off, by command.
+HINTS = {
+    "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "recover": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "search": "\nwhat is measured is kept; run the same command again to go on",
+    "run": "\nwhat is finished is kept; run the same command again to go on",
+}
 
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(push)
 app.command()(recover)
 app.command()(report)
+app.command()(run)
+app.command()(search)
 
 
 @app.command()
@@ -221,8 +232,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    resumable = sys.argv[1:2] in (["prune"], ["recover"])
-    hint = "\nwhat is finished is kept; run the same command with --resume to go on" if resumable else ""
+    hint = HINTS.get("".join(sys.argv[1:2]), "")
     try:
         app()
     except UserError as error:

@@ -33,7 +33,7 @@ from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.types import MatrixSpec, UserError
+from llmprune.types import Budget, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
 
@@ -80,6 +80,16 @@ class Job:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        self.budgets(self.recipe)
+
+    def budgets(self, recipe: Recipe) -> dict[str, Budget]:
+        """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
+        with torch.no_grad():
+            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+        return dict(self.plan.budgets)
+
+    def dense(self) -> Dense:
+        """The model before pruning: its chosen matrices, and passes over them that change nothing."""
         weights = self._weights(writing=False)
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
@@ -87,9 +97,7 @@ class Job:
             with self._prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
 
-        dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
-        with torch.no_grad():
-            allocate(self.plan, self.recipe, self.method, self._allocator, dense)
+        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""

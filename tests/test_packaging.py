@@ -51,9 +51,11 @@ LAYERS = {
     "recovery": 7,
     "demo": 8,
     "api": 8,
-    "commands": 9,
-    "cli": 9,
-    "__main__": 10,
+    "searching": 8,
+    "workflow": 9,
+    "commands": 10,
+    "cli": 10,
+    "__main__": 11,
 }
 
 
