@@ -282,7 +282,7 @@ def _weight(prefix: str, layer: nn.Module, path: str | None) -> Weight | None:
         owner = layer.get_submodule(holder)
     except AttributeError:
         return None
-    found = getattr(owner, short, None)
+    found: Any = getattr(owner, short, None)
     if isinstance(found, nn.Parameter):
         return Weight(f"{prefix}.{path}", found.shape, 1, 2)
     if not isinstance(getattr(found, "weight", None), nn.Parameter):

@@ -6,9 +6,8 @@ depends on the layout alone, so all of them are index tables; cutting, counting 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,17 +64,14 @@ class Units:
         return self.kind == EXPERT_CHANNEL
 
 
-def find_units(roles: Roles, kinds: Iterable[str]) -> list[Units]:
+def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
     """All units of some kinds, layer by layer; kinds that a layer does not have are passed over."""
     shapes = {name: one.shape for name, one in roles.model.named_parameters()}
-    makers: list[Callable[[], Iterator[Units]]] = []
+    found: list[Units] = []
     for index, layer in enumerate(roles.layers):
         for kind in kinds:
-            if kind != RESIDUAL:
-                makers.append(lambda index=index, layer=layer, kind=kind: _of_layer(kind, index, layer, shapes))
-    if RESIDUAL in kinds:
-        makers.append(lambda: _residual(roles, shapes))
-    return list(itertools.chain.from_iterable(make() for make in makers))
+            found.extend(_of_layer(kind, index, layer, shapes))
+    return [*found, _residual(roles, shapes)] if RESIDUAL in kinds else found
 
 
 def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
@@ -129,7 +125,7 @@ def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) ->
     return _units(kind, index, len(rows_UN), one.experts, members, shapes, one.down, rows_UN)
 
 
-def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
+def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Units:
     """Column i of all that reads the hidden state, row i of all that writes to it, and gain i of every norm."""
     index_UN = torch.arange(roles.hidden)[:, None]
     members = [Member(name, 1, index_UN) for name in roles.embeddings]
@@ -146,7 +142,7 @@ def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
             members += _rows(writer, index_UN)
         norms += layer.norms
     members += [Member(name, 0, index_UN, norm=True) for name in norms]
-    yield _units(RESIDUAL, None, roles.hidden, 1, members, shapes)
+    return _units(RESIDUAL, None, roles.hidden, 1, members, shapes)
 
 
 def _units(

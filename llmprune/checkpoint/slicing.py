@@ -132,8 +132,8 @@ class Slicing:
         axes = self._axes.setdefault(member.parameter, {})
         if member.axis not in axes:
             size = self._shapes[member.parameter][member.axis]
-            masks = [torch.zeros((units.strata, size) if units.stacked else size).bool() for _ in range(2)]
-            axes[member.axis] = _Axis(*masks, norm=member.norm, loud=units.kind == RESIDUAL)
+            none = torch.zeros((units.strata, size) if units.stacked else (size,), dtype=torch.bool)
+            axes[member.axis] = _Axis(none, none.clone(), member.norm, units.kind == RESIDUAL)
         axis = axes[member.axis]
         for mask, chosen in ((axis.zero, removed), (axis.gone, sorted(set(removed) - set(spare)))):
             unit_U = torch.tensor(chosen, dtype=torch.int64)
