@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, spread_of
 from llmprune.arch.discover import find_units as find_layers
@@ -216,5 +215,3 @@ class Narrowing(Restructuring):
             each = one.strata if one.stacked else 1
             kept.setdefault(one.kind, []).append((one.count - len(self._slicing.removed[place])) // each)
         return {kind: counts if len(set(counts)) > 1 else counts[:1] for kind, counts in kept.items()}
-
-

@@ -53,7 +53,9 @@ class Calibration(_Strict):
 class Width(_Strict):
     """What heads and channels may go."""
 
-    units: Names = Field(default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can")
+    units: Names = Field(
+        default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can"
+    )
     round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
     protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
     protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
@@ -252,6 +254,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _keys(path: tuple[int | str, ...]) -> list[str]:
     model: Any = (
-        {"calibration": Calibration, "engine": Engine, "width": Width, "overrides": Override}.get(str(path[0])) if path else Recipe
+        {"calibration": Calibration, "engine": Engine, "width": Width, "overrides": Override}.get(str(path[0]))
+        if path
+        else Recipe
     )
     return list(model.model_fields) if model else []

@@ -39,4 +39,4 @@ class GroupMagnitude:
         return narrow(trunk, asked, Way(self.score))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
-        return torch.stack([rows.abs().pow(self.norm).sum(1) for rows in evidence.weights()]).sum(0)
+        return torch.stack([rows.abs().pow(self.norm).sum((1, 2)) for rows in evidence.weights()]).sum(0)

@@ -21,6 +21,7 @@ from llmprune.statistics import DRIFT, GRAM, MOMENTS
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
+HEADS = (KV_GROUP, QUERY_HEAD)
 COMPENSATIONS = ("none", "bias", "least-squares")
 
 
@@ -120,7 +121,9 @@ class _Layer:
             for writer in _writers(self.asked, places):
                 name = bias_name(writer.name).removeprefix(self.prefix)
                 old = module.get_parameter(name).data if writer.bias else None
-                values[name] = values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
+                values[name] = (
+                    values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
+                )
         return values
 
     def narrow(
@@ -184,6 +187,16 @@ def lowest(score_U: torch.Tensor, count: int, strata: int = 1) -> list[int]:
     return (order_SU + torch.arange(strata, device=order_SU.device)[:, None] * runs_SU.shape[1]).flatten().tolist()
 
 
+def given(scores: Mapping[Place, torch.Tensor]) -> Score:
+    """Scores that are known beforehand."""
+
+    def score(evidence: Evidence) -> torch.Tensor:
+        units = evidence.units
+        return scores[(units.layer, units.kind)][evidence.first : evidence.first + evidence.count]
+
+    return score
+
+
 def bias_name(weight: str) -> str:
     """The name of the bias that belongs to a matrix."""
     return f"{weight.removesuffix('weight')}bias"
@@ -193,7 +206,7 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
     """The units that go, and the scores of all."""
     if evidence.stats is None and way.reads:
         # no token came by: what is left to go by is the size of the weights
-        score_U = sum((rows.square().sum(1) for rows in evidence.weights()), torch.zeros(1))
+        score_U = torch.stack([rows.square().sum((1, 2)) for rows in evidence.weights()]).sum(0)
         return lowest(score_U, count, evidence.strata), score_U
     if way.score is not None:
         score_U = way.score(evidence)
@@ -213,7 +226,7 @@ def _by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
 
 def _halves(places: list[Place]) -> Iterator[list[Place]]:
     """Places that write through the same matrix, in the order of the forward pass."""
-    heads = [place for place in places if place[1] in (KV_GROUP, QUERY_HEAD)]
+    heads = [place for place in places if place[1] in HEADS]
     for half in (heads, [place for place in places if place not in heads]):
         if half:
             yield half
