@@ -53,6 +53,17 @@ class Calibration(Strict):
     )
 
 
+class Width(Strict):
+    """What heads and channels may go."""
+
+    units: Names = Field(
+        default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can"
+    )
+    round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
+    protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
+    protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
+
+
 class Engine(Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
@@ -77,6 +88,10 @@ class Override(Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
+# Amounts of what is not weights.
+AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
+
+
 class Recipe(Strict):
     """What to prune, by which method, how much, and on which evidence."""
 
@@ -97,7 +112,10 @@ class Recipe(Strict):
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
+    ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
+    params: float | None = Field(default=None, description="number of parameters the model should have")
+    width: Width = Field(default_factory=Width)
+    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices or layers")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
@@ -119,11 +137,13 @@ class Recipe(Strict):
                 return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
+            if data.get("ratio") is not None or data.get("params") is not None:
+                return {**data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
-        for key in ("drop_layers", "drop_experts"):
+        for key in AMOUNTS:
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
         pattern = Pattern.parse(self.pattern)
@@ -214,7 +234,7 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
