@@ -94,6 +94,9 @@ class Recipe(_Strict):
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
+    layout: Literal["plain", "remote-code"] = Field(
+        default="plain", description="remote-code may ship a modelling file, where no plain class holds the result"
+    )
     allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
@@ -123,6 +126,8 @@ class Recipe(_Strict):
         for key in ("drop_layers", "drop_experts"):
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
+        if self.layout != "plain":
+            raise UserError(f"layout {self.layout!r} has no meaning for {self.method!r}, whose result is always plain")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")
@@ -198,7 +203,10 @@ def validate(data: dict[str, Any]) -> Recipe:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+OWN = (
+    *("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "layout"),
+    *("targets", "ignore", "overrides"),
+)
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:

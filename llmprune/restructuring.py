@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
-from llmprune.arch.sublayers import halves
 from llmprune.checkpoint.layer_lists import expert_groups, refuse_shared_layers
-from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.remote import FILE, add_code, add_entries
+from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
 from llmprune.checkpoint.verify import verify
+from llmprune.engine.absent import entries_for, modules_of, zeros_for
+from llmprune.engine.search import run_without
 from llmprune.engine.trunk import Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
@@ -29,6 +33,10 @@ from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
 
 STRUCTURAL = ("depth", "expert")
+ZEROS = (
+    "no plain model class has layers without attention or MLP: where only one half goes, its last matrix is filled "
+    "with zeros, which is exact but not smaller; layout=remote-code really leaves it out"
+)
 # Recipe keys that say which weights become zero: they mean nothing here.
 WEIGHT_KEYS = (
     *("sparsity", "pattern", "allocation", "targets", "ignore", "overrides"),
@@ -126,10 +134,13 @@ class Restructuring(Job):
             reporter.warn(text)
         weights = self._weights(writing=True)
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
+        if self.recipe.layout == "remote-code":
+            reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
             decision: Decision = self.method.decide(trunk, self._asked)
-        self._new_config, new, cutter = self._cutter(decision.surgery)
+            entries = self._lay_out(decision, weights)
+        self._new_config, new, cutter = self._cutter(decision.surgery, entries)
         self._totals = {"params_before": _count(self.model), "params_after": _count(new)}
         self._decision = decision
         self._rows = [_row(key, score, decision.surgery, self.plan, cutter) for key, score in decision.scores.items()]
@@ -148,8 +159,24 @@ class Restructuring(Job):
 
     # Parts of a run.
 
-    def _cutter(self, surgery: Surgery) -> tuple[Any, PreTrainedModel, Cutter]:
-        """The new configuration as it will be read back, an empty model of it, and the edit; raises UserError."""
+    def _lay_out(self, decision: Decision, weights: Streamed | Resident) -> dict[int, dict[str, Any]]:
+        """How layers will differ from what their class builds, by index; nothing where the layout is plain."""
+        surgery = decision.surgery
+        if self.recipe.layout == "remote-code":
+            ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+            return entries_for(Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights), surgery.silent)
+        if surgery.silent:
+            decision.notes["halves"] = ZEROS
+            decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
+        return {}
+
+    def _cutter(
+        self, surgery: Surgery, entries: Mapping[int, dict[str, Any]] = MappingProxyType({})
+    ) -> tuple[Any, PreTrainedModel, Cutter]:
+        """The new configuration as it will be read back, an empty model of it, and the edit; raises UserError.
+
+        `entries`: what makes old layers differ from what their class builds.
+        """
         trust = self.recipe.trust_remote_code
         # the one that built the model has had its dtype set
         source = (
@@ -162,7 +189,13 @@ class Restructuring(Job):
             edited.save_pretrained(folder)
             config = load_config(folder, trust_remote_code=trust) if "auto_map" not in vars(edited) else edited
         new = build_skeleton(copy.deepcopy(config), self.dtype, trust_remote_code=trust)
-        return config, new, Cutter(self.model, new, surgery)
+        cutter = Cutter(self.model, new, surgery)
+        if entries:
+            placed = [entries.get(index, {}) for index in surgery.layers]
+            rebuild_layers(new, cutter.path, placed)
+            for one in (config, new.config):
+                add_entries(one, cutter.path, placed)
+        return config, new, cutter
 
     def _write(self, weights: Streamed, cutter: Cutter) -> None:
         """Write the new checkpoint a layer at a time; layers whose values stay keep their stored bytes."""
@@ -192,6 +225,8 @@ class Restructuring(Job):
         super()._add_files(folder)
         if self.folder is not None:
             self._new_config.save_pretrained(folder)
+            if hasattr(self._new_config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
         surgery = self._decision.surgery
@@ -225,8 +260,9 @@ class Restructuring(Job):
                     for name, value in surgery.replaced.items()
                     if name.startswith(unit.prefix)
                 }
+                gone = {(index, half) for half in surgery.silent.get(index, ())}
                 with trunk.loaded(index), holding(unit.module, changed):
-                    states = trunk.run(index, states)
+                    states = run_without(trunk, index, states, gone)
             return trunk.logits(0, states[0])
 
     def _report(
@@ -249,6 +285,7 @@ class Restructuring(Job):
                 "figures": decision.figures,
                 "notes": decision.notes,
             },
+            "layout": "remote-code" if hasattr(self._new_config, "pruned_layers") else "plain",
             "totals": {
                 **self._totals,
                 "zeros": sum(int((one == 0).sum()) for one in decision.surgery.replaced.values()),
@@ -289,10 +326,12 @@ def _row(key: Any, score: float, surgery: Surgery, plan: Plan, cutter: Cutter) -
         name, dropped = f"{unit.name} expert {part}", part not in surgery.experts[index]
         saved = cutter.saved(index)
     elif part is not None:
-        # a half that goes alone is filled with zeros, which saves nothing
         name = f"{unit.name} {part}"
-        zeros = [unit.prefix + one for one in halves(unit.module)[part].parameters]
-        dropped = dropped or all(one in surgery.replaced for one in zeros)
+        dropped = dropped or part in surgery.silent.get(index, ())
+        # a half that is filled with zeros saves nothing
+        if index in surgery.dropped or not surgery.replaced:
+            modules = [unit.module.get_submodule(one) for one in modules_of(unit.module, part)]
+            saved = sum(one.numel() for module in modules for one in module.parameters())
     elif dropped:
         saved = sum(one.numel() for one in unit.module.parameters())
     return {"name": name, "score": score, "dropped": dropped, "saved": saved if dropped else 0}
