@@ -91,7 +91,7 @@ class Pruned:
         return False
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         rebuild(self, config.pruned_path, config.pruned_layers)  # type: ignore[arg-type]
 
 

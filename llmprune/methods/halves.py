@@ -17,5 +17,5 @@ def remove_parts(trunk: Trunk, parts: Collection[Part]) -> Surgery:
     both = [index for index in range(trunk.depth) if all((index, half) in parts for half in HALVES)]
     if len(both) == trunk.depth:
         raise UserError("every layer would go; drop fewer")
-    silent = {index: (half,) for index, half in sorted(parts) if index not in both}
+    silent: dict[int, tuple[str, ...]] = {index: (half,) for index, half in sorted(parts) if index not in both}
     return replace(Surgery.drop(trunk.depth, both), silent=silent)
