@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,10 +243,16 @@ class Routing:
         single = {name: group.keys[0] for name, group in self.groups.items() if not group.converted}
         return [name for name, key in single.items() if self._checkpoint.entries[key].shape != state[name].shape]
 
-    def store(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The current parameters under a module path as checkpoint tensors: names and layout of the source."""
+    def store(
+        self, prefix: str, edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The current parameters under a module path as checkpoint tensors: names and layout of the source.
+
+        `edit(name, value)`: what is stored in place of a parameter's value; it may have another shape.
+        """
         groups = [group for name, group in self.groups.items() if name.startswith(prefix)]
         state = {name: value for name, value in self._model.state_dict().items() if name.startswith(prefix)}
+        state = {name: edit(name, value) for name, value in state.items()} if edit else state
         tensors = {key: state.pop(one.parameter) for one in groups if not one.converted for key in one.keys}
         keys = [key for one in groups if one.converted for key in one.keys]
         if keys:

@@ -7,7 +7,7 @@ layer at its new place; where a configuration cannot say so, the edit is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,8 @@ class Surgery:
 
     `layers`: those that stay, in order. `experts`: which experts of a layer stay, in order; layers not
     named keep all. `replaced`: parameters that get other values, by name, in their shape before the cut.
-    `silent`: halves (attention, MLP) of layers that put out nothing.
+    `silent`: halves (attention, MLP) of layers that put out nothing. `entries`: how layers then differ from what
+    their class builds, for `modeling_pruned`.
     """
 
     depth: int
@@ -35,6 +36,7 @@ class Surgery:
     experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     silent: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def drop(cls, depth: int, dropped: Iterable[int]) -> Surgery:
@@ -165,25 +167,41 @@ def cut_in_place(model: PreTrainedModel, new: PreTrainedModel, cutter: Cutter) -
     knows of its place (`layer_idx`, kind of attention, number of experts) comes from the new configuration.
     """
     surgery, path = cutter.surgery, cutter.path
+    state = {}
+    for index in surgery.layers:
+        prefix = f"{path}.{index}."
+        for short, tensor in model.get_submodule(path)[index].state_dict().items():
+            value = surgery.replaced.get(prefix + short)
+            value = tensor if value is None else value.to(tensor.device, tensor.dtype)
+            found = cutter.cut(prefix + short, prefix + short, value, index)
+            if found is not None:
+                state[found[0]] = found[1]
+    graft(model, new, path, state, surgery.layers)
+
+
+def graft(
+    model: PreTrainedModel, new: PreTrainedModel, path: str, state: dict[str, torch.Tensor], origins: Sequence[int]
+) -> None:
+    """Give a loaded model the list of layers of `new` at `path`, filled with `state`, and its configuration.
+
+    `origins`: which old layer each new one was. Values of `state` outside the layers are set where they lie.
+    """
     training = decoder_layers(model)[1].training
-    for name, value in surgery.replaced.items():
-        parameter = model.get_parameter(name)
-        parameter.data = value.to(parameter.device, parameter.dtype)
     fresh = new.get_submodule(path)
-    for place, index in enumerate(surgery.layers):
+    for place, index in enumerate(origins):
         old_layer = model.get_submodule(f"{path}.{index}")
         trainable = {name: one.requires_grad for name, one in old_layer.named_parameters()}
-        state = {}
-        for short, tensor in old_layer.state_dict().items():
-            full = f"{path}.{index}.{short}"
-            found = cutter.cut(full, full, tensor, index)
-            if found is not None:
-                state[found[0].removeprefix(f"{path}.{place}.")] = found[1]
+        prefix = f"{path}.{place}."
         layer = fresh.get_submodule(str(place))
-        layer.load_state_dict(state, assign=True)
+        layer.load_state_dict(
+            {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}, assign=True
+        )
         layer.to(model.device)
         for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(trainable[name])
+            parameter.requires_grad_(trainable.get(name, False))
+    for name, value in state.items():
+        if not name.startswith(f"{path}."):
+            model.get_parameter(name).data = value
     holder, _, short = path.rpartition(".")
     setattr(model.get_submodule(holder), short, fresh)
     fresh.train(training)
