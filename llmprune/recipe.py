@@ -50,6 +50,17 @@ class Calibration(_Strict):
     )
 
 
+class Width(_Strict):
+    """What heads and channels may go."""
+
+    units: Names = Field(
+        default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can"
+    )
+    round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
+    protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
+    protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
+
+
 class Engine(_Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
@@ -72,6 +83,10 @@ class Override(_Strict):
 
     def budget(self) -> Budget:
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
+
+
+# Amounts of what is not weights.
+AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
 
 
 class Recipe(_Strict):
@@ -97,7 +112,10 @@ class Recipe(_Strict):
     layout: Literal["plain", "remote-code"] = Field(
         default="plain", description="remote-code may ship a modelling file, where no plain class holds the result"
     )
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
+    ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
+    params: float | None = Field(default=None, description="number of parameters the model should have")
+    width: Width = Field(default_factory=Width)
+    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices or layers")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
@@ -119,11 +137,13 @@ class Recipe(_Strict):
                 return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
+            if data.get("ratio") is not None or data.get("params") is not None:
+                return {**data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
-        for key in ("drop_layers", "drop_experts"):
+        for key in AMOUNTS:
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
         if self.layout != "plain":
@@ -203,10 +223,7 @@ def validate(data: dict[str, Any]) -> Recipe:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = (
-    *("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "layout"),
-    *("targets", "ignore", "overrides"),
-)
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
@@ -242,6 +259,8 @@ def nearest(name: str, known: list[str]) -> str:
 
 def _keys(path: tuple[int | str, ...]) -> list[str]:
     model: Any = (
-        {"calibration": Calibration, "engine": Engine, "overrides": Override}.get(str(path[0])) if path else Recipe
+        {"calibration": Calibration, "engine": Engine, "width": Width, "overrides": Override}.get(str(path[0]))
+        if path
+        else Recipe
     )
     return list(model.model_fields) if model else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,13 @@ from llmprune.result import Result
 from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
 
-STRUCTURAL = ("depth", "expert")
 ZEROS = (
     "no plain model class has layers without attention or MLP: where only one half goes, its last matrix is filled "
     "with zeros, which is exact but not smaller; layout=remote-code really leaves it out"
 )
 # Recipe keys that say which weights become zero: they mean nothing here.
 WEIGHT_KEYS = (
-    *("sparsity", "pattern", "allocation", "targets", "ignore", "overrides"),
+    *("sparsity", "pattern", "targets", "ignore", "overrides"),
     *("refine", "update", "retarget", "reconstruct"),
 )
 
@@ -48,9 +48,7 @@ class Restructuring(Job):
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
-        for key in WEIGHT_KEYS:
-            if getattr(recipe, key) != type(recipe).model_fields[key].get_default(call_default_factory=True):
-                raise UserError(f"{key} has no meaning for {recipe.method!r}, which leaves out whole {_units(kind)}")
+        self._refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
@@ -64,6 +62,13 @@ class Restructuring(Job):
         share = recipe.drop_experts
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
+
+    def _refuse(self, keys: Iterable[str], does: str) -> None:
+        """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
+        for key in keys:
+            field = type(self.recipe).model_fields[key]
+            if getattr(self.recipe, key) != field.get_default(call_default_factory=True):
+                raise UserError(f"{key} has no meaning for {self.recipe.method!r}, which {does}")
 
     def _make_plan(self) -> Plan:
         refuse_shared_layers(self.config)

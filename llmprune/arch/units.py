@@ -58,6 +58,11 @@ class Units:
         """Units in a stratum."""
         return self.count // self.strata
 
+    def first(self, count: int) -> list[int]:
+        """`count` units, the first ones of each stratum."""
+        each = count // self.strata
+        return [run * self.size + unit for run in range(self.strata) for unit in range(each)]
+
     @property
     def stacked(self) -> bool:
         """Whether the strata are experts, each with a matrix of its own."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
-from llmprune.arch.roles import Layout, layout_of
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL
+from llmprune.arch.roles import Layout, Roles, layout_of
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, Units, find_units
 from llmprune.checkpoint.skeleton import build_skeleton
 from llmprune.checkpoint.slicing import Slicing
 from llmprune.types import UserError
+
+# Configuration keys that give the matrices of a half their biases, and how the half is called in parameter names.
+BIAS_KEYS = {"attention_bias": "attn", "mlp_bias": "mlp"}
 
 
 def narrow_config(model: PreTrainedModel, config: Any, slicing: Slicing) -> Any:
@@ -91,8 +96,25 @@ def _stem(config: Any) -> str:
     return type(config).__name__.removesuffix("Config")
 
 
-def check_shapes(new: PreTrainedModel, slicing: Slicing) -> None:
-    """Whether the class of a new configuration builds what `slicing` leaves; raises UserError naming what it does not."""
+def with_biases(config: Any, parameters: Collection[str]) -> Any:
+    """A copy of `config` that gives the model these biases as well; raises UserError where the class has no key."""
+    edited = copy.deepcopy(config)
+    for key, half in BIAS_KEYS.items():
+        if any(half in name for name in parameters):
+            if not hasattr(edited.get_text_config(), key):
+                raise UserError(
+                    f"{type(edited).__name__} has no {key}, so its layers cannot be given a bias; "
+                    "set compensate=least-squares, or none"
+                )
+            setattr(edited.get_text_config(), key, True)
+    return edited
+
+
+def check_shapes(new: PreTrainedModel, slicing: Slicing, biases: Collection[str] = ()) -> None:
+    """Whether the class of a new configuration builds what `slicing` leaves, and `biases`; raises UserError if not.
+
+    Other biases that come with those asked for are passed over.
+    """
     built = {name: one.shape for name, one in new.named_parameters()}
     for name, shape in slicing.shapes().items():
         found = built.pop(name, None)
@@ -101,12 +123,58 @@ def check_shapes(new: PreTrainedModel, slicing: Slicing) -> None:
                 f"{type(new).__name__} cannot hold {name} as {_text(shape)}: its configuration gives "
                 f"{_text(found) if found else 'no such parameter'}"
             )
-    if built:
-        raise UserError(f"{type(new).__name__} would have a parameter {next(iter(built))} that the old model lacks")
+    lacking = [name for name in biases if name not in built]
+    strange = [name for name in built if not (biases and name.endswith(".bias"))]
+    if lacking or strange:
+        what = f"lacks {lacking[0]}" if lacking else f"has {strange[0]}, which the old model lacks"
+        raise UserError(f"a {type(new).__name__} of the new shape {what}")
 
 
-def can_hold(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
-    """Whether a plain class takes what `slicing` leaves."""
+@dataclass(frozen=True)
+class Room:
+    """What plain classes hold of a model made narrower.
+
+    `heads`: how many heads (kv groups, or query heads of each) may stay; `fixed`: kinds of units that cannot be fewer.
+    """
+
+    heads: tuple[int, ...]
+    fixed: frozenset[str]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, config: Any, roles: Roles, kinds: Sequence[str]) -> Room:
+        """Tried out on the configuration class, and on an empty model."""
+        shapes = {name: one.shape for name, one in model.named_parameters()}
+        heads: tuple[int, ...] = ()
+        fixed: set[str] = set()
+        for kind in kinds:
+            units = find_units(roles, [kind])
+            most = max((one.size for one in units), default=1)
+            left = [most - 1] if kind not in (KV_GROUP, QUERY_HEAD) else range(1, most)
+            taken = [one for one in left if _accepted_as(model, config, units[:1], shapes, one)]
+            if taken and _builds(model, config, _leaving(units, shapes, taken[-1])):
+                heads = tuple(taken) if kind in (KV_GROUP, QUERY_HEAD) else heads
+            elif units:
+                fixed.add(kind)
+        return cls(heads, frozenset(fixed))
+
+
+def _leaving(units: Sequence[Units], shapes: dict[str, torch.Size], left: int) -> Slicing:
+    """The edit after which `left` units of each stratum stay."""
+    removed = {(one.layer, one.kind): one.first(one.count - left * one.strata) for one in units}
+    return Slicing(units, shapes, removed)
+
+
+def _accepted_as(
+    model: PreTrainedModel, config: Any, units: Sequence[Units], shapes: dict[str, torch.Size], left: int
+) -> bool:
+    try:
+        narrow_config(model, config, _leaving(units, shapes, left))
+    except UserError:
+        return False
+    return True
+
+
+def _builds(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
     try:
         check_shapes(build_skeleton(narrow_config(model, config, slicing), torch.float32), slicing)
     except (UserError, ValueError, StrictDataclassError):

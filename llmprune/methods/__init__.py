@@ -33,6 +33,8 @@ METHODS = {
     "replaceme": "llmprune.methods.depth.replaceme:ReplaceMe",
     "linearpatch": "llmprune.methods.depth.linearpatch:LinearPatch",
     "llm-streamline": "llmprune.methods.depth.llm_streamline:LLMStreamline",
+    "group-obs": "llmprune.methods.width.obs:GroupOBS",
+    "group-magnitude": "llmprune.methods.width.magnitude:GroupMagnitude",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",

@@ -128,12 +128,14 @@ class Narrow:
     """What a width method is asked: the units of the model, and how many of each place go, which `spread` answers.
 
     `spread` gives the number of units that go, from the scores of all units where `scored` says that it needs them.
+    `check_biases` raises UserError if the class cannot be given biases of these names.
     """
 
     roles: Roles
     units: dict[Place, Units]
     spread: Spread
-    scored: bool = False
+    scored: bool
+    check_biases: Callable[[list[str]], None]
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 import torch
 
-from llmprune.arch.units import KV_GROUP, QUERY_HEAD, Units
+from llmprune.arch.roles import Weight
+from llmprune.arch.units import KV_GROUP, QUERY_HEAD
 from llmprune.checkpoint.slicing import Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
@@ -54,6 +55,9 @@ class Way:
 
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
+    if way.compensate == "bias":
+        writers = _writers(asked, list(asked.units))
+        asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
     counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
     found = Narrowed({place: [] for place in asked.units})
     states = trunk.enter() if way.reads else []
@@ -215,5 +219,5 @@ def _halves(places: list[Place]) -> Iterator[list[Place]]:
             yield half
 
 
-def _writers(asked: Narrow, places: list[Place]) -> list:
+def _writers(asked: Narrow, places: list[Place]) -> list[Weight]:
     return [one for place in places if (one := asked.units[place].writer) is not None]
