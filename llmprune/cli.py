@@ -60,6 +60,9 @@ def prune(
         str | None, typer.Option(help="Decoder layers to leave out: how many (4), or which (5,6,7).")
     ] = None,
     drop_experts: Annotated[float | None, typer.Option(help="Fraction of every layer's experts to leave out.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="plain, or remote-code: smaller where no plain class holds the result.")
+    ] = None,
     ratio: Annotated[
         float | None, typer.Option(help="Share of the decoder layers' parameters to take out, as heads and channels.")
     ] = None,
@@ -96,6 +99,7 @@ def prune(
         "pattern": pattern,
         "drop_layers": drop_layers,
         "drop_experts": drop_experts,
+        "layout": layout,
         "ratio": ratio,
         "params": params,
         "calibration": calibration,

@@ -19,6 +19,7 @@ from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
@@ -222,11 +223,13 @@ class Job:
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
-            copy_companions(self.folder, folder, code=self.recipe.trust_remote_code)
+            copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)
             self.model.save_pretrained(folder)
+            if hasattr(self.model.config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _stored_report(self) -> dict[str, Any]:
         assert self.output is not None
@@ -294,7 +297,7 @@ class Job:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "calibration": self._describe_calibration(),
-            "layout": "plain",
+            "layout": "remote-code" if hasattr(self.config, "pruned_layers") else "plain",
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
@@ -329,7 +332,7 @@ def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
     if folder is None:
         raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "

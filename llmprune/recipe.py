@@ -112,6 +112,9 @@ class Recipe(Strict):
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
+    layout: Literal["plain", "remote-code"] = Field(
+        default="plain", description="remote-code may ship a modelling file, where no plain class holds the result"
+    )
     ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
     params: float | None = Field(default=None, description="number of parameters the model should have")
     width: Width = Field(default_factory=Width)
@@ -146,6 +149,8 @@ class Recipe(Strict):
         for key in AMOUNTS:
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
+        if self.layout != "plain":
+            raise UserError(f"layout {self.layout!r} has no meaning for {self.method!r}, whose result is always plain")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")
@@ -234,7 +239,7 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
