@@ -94,7 +94,7 @@ class Recipe(_Strict):
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
+    allocation: str | None = Field(default=None, description="how the amount is spread over the matrices")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)

@@ -198,7 +198,7 @@ def test_error_by_its_definition() -> None:
 
 def test_arithmetic_rises_by_equal_steps() -> None:
     specs = specs_of([1000] * 5)
-    dense = Dense([[spec] for spec in specs], list, lambda kinds, look: None)
+    dense = Dense([[spec] for spec in specs], list, list, lambda kinds, look: None)
     found = [arithmetic(dense, Budget(0.7))[spec.name].sparsity for spec in specs]
     np.testing.assert_allclose(found, 0.7 + RISE * (np.arange(5) / 4 - 0.5), atol=1e-3)
 

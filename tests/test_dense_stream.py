@@ -176,14 +176,14 @@ def test_retarget_solves_its_normal_equations() -> None:
     stats = Stats(24, frozenset({GRAM, DRIFT}))
     stats.update(x_TI, dense_TI)
     system = scaled(stats.gram_lower_II, 0.01)
-    found = retarget(weight_OI, stats.drift_II, system, 1.0).double().numpy()
+    found = retarget(weight_OI, stats.pull_OI(weight_OI), system, 1.0).double().numpy()
     x, d, w = (one.double().numpy() for one in (x_TI, dense_TI, weight_OI))
     gram = x.T @ x
     damped = gram + 0.01 * np.diag(np.diag(gram))
     expected = w @ (d.T @ x + 0.01 * np.diag(np.diag(gram))) @ np.linalg.inv(damped)
     bound = 200 * plain.U * np.linalg.cond(damped) * np.abs(expected).max()
     assert np.abs(found - expected).max() <= bound
-    half = retarget(weight_OI, stats.drift_II, system, 0.5)
+    half = retarget(weight_OI, stats.pull_OI(weight_OI), system, 0.5)
     assert torch.allclose(half, (weight_OI + torch.from_numpy(found).float()) / 2, atol=bound)
 
 

@@ -48,6 +48,11 @@ def halves(layer: nn.Module) -> dict[str, Half]:
     return {half: Half(tuple(paths), _parameters(layer, paths, blocks)) for half, paths in found.items()}
 
 
+def writes_to_stream(name: str) -> bool:
+    """Whether a matrix is the last of its half, by its name."""
+    return name.partition("[")[0].removesuffix(".weight").rpartition(".")[2] in OUTPUTS
+
+
 def _attends(path: str) -> bool:
     first = path.partition(".")[0].lower()
     return "attn" in first or "attention" in first or first in ("mixer", "conv", "temporal_block")
