@@ -164,9 +164,9 @@ def test_fisher_is_the_diagonal_of_the_outer_products() -> None:
         assert torch.isclose(found[index], 0.5 * (each @ change).square().mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fisher", "taylor", "qm", "gblm", "pruner-zero", "wanda++"])
-def test_presets_prune_a_checkpoint_and_a_loaded_model_alike(name: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"method": name, "sparsity": 0.5, "seqlen": 32, "calibration": "demo", "samples": 6}
+@pytest.mark.parametrize("name", ["fisher", "wanda++"])
+def test_presets_prune_a_checkpoint_exactly_and_the_same_each_time(name: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": name, "sparsity": 0.5, "seqlen": 16, "calibration": "demo", "samples": 3}
     result = llmprune.prune(DEMO, out=tmp_path / "out", **settings)
     assert result.report["totals"]["zeros"] == sum(row["planned"] for row in result.report["tensors"])
     total = sum(row["shape"][0] * row["shape"][1] for row in result.report["tensors"])
