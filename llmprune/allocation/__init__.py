@@ -60,6 +60,8 @@ ALLOCATORS = {
     "arithmetic": Entry("llmprune.allocation.arithmetic:arithmetic"),
     "alphapruning": Entry("llmprune.allocation.alphapruning:alphapruning"),
     "owl": Entry("llmprune.allocation.owl:owl", measures=True),
+    "dlp": Entry("llmprune.allocation.dlp:dlp", measures=True),
+    "dynamic": Entry("llmprune.allocation.dynamic:dynamic", measures=True),
     "error": Entry("llmprune.allocation.error:error", measures=True),
 }
 
