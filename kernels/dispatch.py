@@ -96,6 +96,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         _triton("matmul_bitmask", "bitmask_triton:matmul_bitmask", eligibility.decode_bitmask),
         Implementation("torch", "bitmask:matmul_bitmask_torch"),
     ),
+    "matmul_overflow": (
+        _triton("add_surplus", "overflow_triton:matmul_overflow", eligibility.decode_overflow),
+        Implementation("torch", "overflow:matmul_overflow_torch"),
+    ),
     "unpack24": (
         _triton("unpack24", "sparse24_triton:unpack24", eligibility.packed24),
         Implementation("torch", "sparse24:unpack24_torch"),

@@ -19,6 +19,8 @@ HALVES = (torch.bfloat16, torch.float16)
 # Beyond this many tokens arithmetic, not memory traffic, is the limit of a product on a GPU.
 DECODE_TOKENS = 64
 LARGEST_BLOCK = 128
+# For as many tokens the surplus of a 2:4 matrix is added one weight at a time.
+OVERFLOW_TOKENS = 8
 # cuSPARSELt takes matrices whose sizes are multiples of the first, and numbers of tokens of the second.
 CUSPARSELT_SIZES, CUSPARSELT_TOKENS = 16, 8
 
@@ -188,7 +190,7 @@ def cusparselt_is_faster(
     return None
 
 
-# Bitmask matrices.
+# Unstructured matrices.
 
 
 def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tensor) -> str | None:
@@ -197,6 +199,12 @@ def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tens
     if len(x_TI) > DECODE_TOKENS:
         return f"{len(x_TI)} tokens are more than {DECODE_TOKENS}"
     return _inputs(x_TI, values_V)
+
+
+def decode_overflow(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> str | None:
+    if len(x_TI) > OVERFLOW_TOKENS:
+        return f"{len(x_TI)} tokens are more than {OVERFLOW_TOKENS}"
+    return matmul24(x_TI, values_OV, metadata_OB)
 
 
 def _inputs(x_TI: torch.Tensor, values: torch.Tensor) -> str | None:

@@ -23,7 +23,7 @@ import record
 import torch
 
 from llmprune import masks
-from llmprune.kernels import bitmask, gram, moments, sparse24
+from llmprune.kernels import bitmask, eligibility, gram, moments, overflow, sparse24
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Matrix, Pattern
@@ -115,10 +115,12 @@ def half_zero(outputs: int, inputs: int, sparsity: float) -> torch.Tensor:
     return random(outputs, inputs).masked_fill(torch.rand(outputs, inputs, device=DEVICE) < sparsity, 0)
 
 
-def check_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+def check_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None = None) -> None:
+    """One rounding to the result's dtype, one more for the product with a `base` that is added to, and of the sums."""
     exact = x.double() @ weight.double().T
+    rounded = exact.abs() if base is None else exact.abs() + (x.double() @ base.double().T).abs()
     sums = x.shape[1] * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)
-    if bool(((found.double() - exact).abs() > torch.finfo(x.dtype).eps * exact.abs() + sums).any()):
+    if bool(((found.double() - exact).abs() > torch.finfo(x.dtype).eps * rounded + sums).any()):
         sys.exit(f"the product of {tuple(x.shape)} and {tuple(weight.shape)} is wrong; no time is worth taking")
 
 
@@ -174,6 +176,7 @@ def part_decode(quick: bool) -> Iterator[Row]:
         packed = sparse24.pack24(weight)
         masked = {share: half_zero(outputs, inputs, share) for share in (0.5, 0.7)}
         stored = {share: bitmask.pack_bitmask(one) for share, one in masked.items()}
+        beside = {share: overflow.pack_overflow(one) for share, one in masked.items()}
         for tokens in TOKENS:
             x = random(tokens, inputs)
             row = {}
@@ -186,6 +189,11 @@ def part_decode(quick: bool) -> Iterator[Row]:
                 for share, one in stored.items():
                     check_product(bitmask.matmul_bitmask(x, one), x, masked[share])
                     row[f"bitmask {share:.0%}"] = seconds(bitmask.matmul_bitmask, x, one)
+            with asked("matmul_overflow=triton,matmul24=gluon"):
+                for share, one in beside.items() if tokens <= eligibility.OVERFLOW_TOKENS else ():
+                    base = sparse24.unpack24(one.values_OV, one.metadata_OB)
+                    check_product(overflow.matmul_overflow(x, one), x, masked[share], base)
+                    row[f"2:4 and surplus {share:.0%}"] = seconds(overflow.matmul_overflow, x, one)
             dense = seconds(dense_product, x, weight)
             yield {"outputs": outputs, "inputs": inputs, "tokens": tokens, "cublas": dense, **row}
 

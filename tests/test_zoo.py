@@ -1,0 +1,26 @@
+"""A sample of `scripts/zoo.py`: types whose layers differ from all that the other tests build."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import zoo
+
+
+@pytest.mark.parametrize("kind", ["bamba", "lfm2_moe"])
+def test_type_passes_every_check(kind: str) -> None:
+    found = zoo.visit(kind)
+    assert list(found) == ["build", *zoo.CHECKS]
+    assert all(said.startswith("ok") for said in found.values()), found
+
+
+def test_other_types_are_refused() -> None:
+    found = zoo.visit("prophetnet")
+    assert found["engine"].startswith("refused: it is a part of an encoder-decoder"), found
+    assert zoo.faults({"prophetnet": found}) == []
+    assert zoo.faults({"llama": found}) == ["llama"]
