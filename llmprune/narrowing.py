@@ -43,7 +43,7 @@ class Narrowing(Restructuring):
                 raise UserError(f"unknown unit {kind!r}{nearest(kind, list(KINDS))}")
         if set(recipe.width.units) >= {KV_GROUP, QUERY_HEAD}:
             raise UserError(f"units {KV_GROUP} and {QUERY_HEAD} overlap; take out one of them")
-        self._allocation = spread_of(recipe.allocation)
+        self._allocation = spread_of(recipe.allocation or "uniform")
 
     def _make_plan(self) -> Plan:
         plan = Plan(find_layers(self.model, head=False))

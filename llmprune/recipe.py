@@ -107,6 +107,9 @@ class Recipe(Strict):
     )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    steps: int = Field(
+        default=1, ge=1, description="times the model is pruned, each more than before, calibrated anew in between"
+    )
     reconstruct: int | None = Field(
         default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
     )
@@ -118,7 +121,7 @@ class Recipe(Strict):
     ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
     params: float | None = Field(default=None, description="number of parameters the model should have")
     width: Width = Field(default_factory=Width)
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices or layers")
+    allocation: str | None = Field(default=None, description="how the amount is spread over the matrices or layers")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
@@ -245,7 +248,9 @@ OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets"
 def stages_of(recipe: Recipe) -> list[Recipe]:
     """The recipe of every stage; raises UserError for a stage that is none, or amounts outside the stages."""
     if not recipe.stages:
-        return []
+        return _steps_of(recipe) if recipe.steps > 1 else []
+    if recipe.steps > 1:
+        raise UserError("steps belongs to a recipe without stages")
     base = recipe.model_dump(exclude={"stages", *OWN})
     fields = type(recipe).model_fields
     outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
@@ -255,6 +260,18 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         if "stages" in stage or "model" in stage:
             raise UserError("a stage has neither a model nor stages of its own")
     return [validate(_merged(base, stage)) for stage in recipe.stages]
+
+
+def _steps_of(recipe: Recipe) -> list[Recipe]:
+    """One recipe a step, with amounts that grow fast at first and slowly at the end.
+
+    The cubic schedule of Zhu and Gupta 2017 (arXiv:1710.01878, eq. 1): after step t of n the sparsity is
+    s (1 - (1 - t/n)^3).
+    """
+    if recipe.sparsity is None or recipe.overrides:
+        raise UserError("steps needs a sparsity for all matrices: a pattern, or an override, has only one amount")
+    shares = [1 - (1 - step / recipe.steps) ** 3 for step in range(1, recipe.steps + 1)]
+    return [recipe.model_copy(update={"sparsity": recipe.sparsity * share, "steps": 1}) for share in shares]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -164,8 +164,9 @@ class Trunk:
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood of every token but the first, sequences x (tokens - 1)."""
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    """Negative log likelihood of every token but the first, sequences x (tokens - 1), at least in float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 @contextlib.contextmanager
