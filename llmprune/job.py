@@ -111,9 +111,7 @@ class Job:
             with self._prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
 
-        return Dense(
-            self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure
-        )
+        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
