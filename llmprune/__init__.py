@@ -16,6 +16,8 @@ _PUBLIC = {
     "prune": "llmprune.api",
     "recover": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
+    "run": "llmprune.workflow",
+    "search": "llmprune.searching.find",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
     "save_packed": "llmprune.sparse",
@@ -34,7 +36,9 @@ __all__ = [
     "load",
     "prune",
     "recover",
+    "run",
     "save_packed",
+    "search",
 ]
 
 if TYPE_CHECKING:
@@ -42,8 +46,10 @@ if TYPE_CHECKING:
     from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result
+    from llmprune.searching.find import search
     from llmprune.sparse import accelerate, load, save_packed
     from llmprune.types import RunError, UserError
+    from llmprune.workflow import run
 
 
 def __getattr__(name: str) -> Any:

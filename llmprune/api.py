@@ -15,6 +15,7 @@ from llmprune.types import UserError
 
 # Short names of the recipe keys that people set most; everything else goes by its dotted key.
 SHORT = {
+    "calibration": "calibration.source",
     "samples": "calibration.samples",
     "seqlen": "calibration.seqlen",
     "batch_size": "engine.batch_size",
@@ -58,10 +59,9 @@ def prune(
     Returns the report and the model. Raises UserError for wrong input, before anything is written,
     and RunError when the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
     """
-    chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if isinstance(calibration, str):
-        chosen["calibration.source"] = calibration
-        calibration = None
+        settings["calibration"], calibration = calibration, None
+    chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if not isinstance(model, PreTrainedModel):
         chosen["model"] = str(model)
         if out is None and not dry_run:

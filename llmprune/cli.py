@@ -18,6 +18,8 @@ from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.recover import recover
 from llmprune.commands.report import report
+from llmprune.commands.run import run
+from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -30,12 +32,21 @@ errors = Console(stderr=True, highlight=False)
 
 # Arguments of `api.prune` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+# What to do after a run that broke off, by command.
+HINTS = {
+    "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "recover": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "search": "\nwhat is measured is kept; run the same command again to go on",
+    "run": "\nwhat is finished is kept; run the same command again to go on",
+}
 
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(push)
 app.command()(recover)
 app.command()(report)
+app.command()(run)
+app.command()(search)
 
 
 @app.command()
@@ -49,6 +60,13 @@ def prune(
         str | None, typer.Option(help="Decoder layers to leave out: how many (4), or which (5,6,7).")
     ] = None,
     drop_experts: Annotated[float | None, typer.Option(help="Fraction of every layer's experts to leave out.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="plain, or remote-code: smaller where no plain class holds the result.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the decoder layers' parameters to take out, as heads and channels.")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters the model should have, for example 6e9.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text SPEC: file:PATH[:FIELD], wikitext2, c4, ptb, hub:…, demo.")
     ] = None,
@@ -81,6 +99,9 @@ def prune(
         "pattern": pattern,
         "drop_layers": drop_layers,
         "drop_experts": drop_experts,
+        "layout": layout,
+        "ratio": ratio,
+        "params": params,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,
@@ -221,8 +242,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    resumable = sys.argv[1:2] in (["prune"], ["recover"])
-    hint = "\nwhat is finished is kept; run the same command with --resume to go on" if resumable else ""
+    hint = HINTS.get("".join(sys.argv[1:2]), "")
     try:
         app()
     except UserError as error:

@@ -244,6 +244,25 @@ class Output:
             return False
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; raises RunError."""
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}") from error
+
+
+def record(folder: Path, key: str, value: Any) -> None:
+    """Enter something in the report of a finished model; raises RunError."""
+    path = folder / REPORT_NAME
+    write_json(path, {**json.loads(path.read_text()), key: value})
+
+
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 

@@ -9,7 +9,7 @@ The rest of the model (norm, head) is again its own forward, with the layers doi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,8 @@ class Trunk:
         self.model, self.units, self.batches = model, units, batches
         self._weights = weights
         self._calls: list[list[Call]] = []
-        self._tuples = False
+        # what layers of this class return beside the hidden state: None if that stands alone, else how many things
+        self._beside: int | None = None
         self.runs = 0
 
     @property
@@ -86,9 +87,13 @@ class Trunk:
         self.runs += batches is None
         return [self.apply(index, number, state) for number, state in zip(numbers, states, strict=True)]
 
+    def call(self, index: int, batch: int, state: torch.Tensor) -> Call:
+        """The arguments with which layer `index` is called on a state that belongs to `batch`."""
+        return _with_hidden(*self._calls[batch][index], state)
+
     def apply(self, index: int, batch: int, state: torch.Tensor) -> torch.Tensor:
         """Layer `index` on one state that belongs to `batch`."""
-        args, kwargs = _with_hidden(*self._calls[batch][index], state)
+        args, kwargs = self.call(index, batch, state)
         version = state._version
         output = self.units[index].module(*args, **kwargs)
         if state._version != version:
@@ -123,8 +128,11 @@ class Trunk:
         """While active, layers return what they get, and the last one `result` (or ends the forward).
 
         `calls` receives the arguments of every layer. `probe`: layer 0 really runs once, to see whether
-        the layers of this class return tuples.
+        the layers of this class return tuples, and how long ones.
         """
+
+        def answer(hidden: torch.Tensor) -> Any:
+            return hidden if self._beside is None else (hidden, *[None] * self._beside)
 
         def bypass(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -132,16 +140,16 @@ class Trunk:
                 if index == self.depth - 1:
                     if result is None:
                         raise _Enough
-                    return (result,) if self._tuples else result
-                hidden = _hidden(args, kwargs)
-                return (hidden,) if self._tuples else hidden
+                    return answer(result)
+                return answer(_hidden(args, kwargs))
 
             return forward
 
         def first(*args: Any, **kwargs: Any) -> Any:
             del layers[0].forward
             with self.loaded(0):
-                self._tuples = isinstance(layers[0](*args, **kwargs), tuple)
+                output = layers[0](*args, **kwargs)
+            self._beside = len(output) - 1 if isinstance(output, tuple) else None
             layers[0].forward = bypass(0)
             return layers[0].forward(*args, **kwargs)
 
@@ -156,8 +164,9 @@ class Trunk:
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood of every token but the first, sequences x (tokens - 1)."""
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    """Negative log likelihood of every token but the first, sequences x (tokens - 1), at least in float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 @contextlib.contextmanager
@@ -177,17 +186,17 @@ def silenced(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(module: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """While active, the parameters of a module have other values; yields them."""
+    """While active, parameters of a module have other values (or it has parameters that it lacks); yields them."""
     before = dict(module.named_parameters())
     held = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in values.items()}
     _put(module, held)
     try:
         yield held
     finally:
-        _put(module, {name: before[name] for name in held})
+        _put(module, {name: before.get(name) for name in held})
 
 
-def _put(module: nn.Module, values: dict[str, nn.Parameter]) -> None:
+def _put(module: nn.Module, values: Mapping[str, nn.Parameter | None]) -> None:
     for name, value in values.items():
         owner, _, short = name.rpartition(".")
         module.get_submodule(owner)._parameters[short] = value

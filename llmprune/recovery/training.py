@@ -206,7 +206,7 @@ class TrainingRun:
         if recipe.adapter is not None and self.processes.is_main_process:
             self.kind.save_adapter(Path(recipe.adapter))
         plain, targets = self.student.plain, self.student.targets
-        self.kind.merge(self.student.module)
+        self.kind.merge(targets)
         put_back(plain, targets)
         round_to_storage(plain, Routing(plain, self.checkpoint), self.checkpoint)
         by_step = {one["step"]: one["perplexity"] for one in state.curve}
