@@ -156,7 +156,7 @@ def fitting(models: Sequence[PreTrainedModel], windows: Windows, asked: int | Li
     """
     if asked == "auto":
         device = models[0].device
-        words = max(one.get_output_embeddings().weight.shape[0] for one in models)
+        words: int = max(one.get_output_embeddings().weight.shape[0] for one in models)
         return max(1, min(MOST_WINDOWS, free(device) // 2 // (len(models) * 3 * 4 * windows.ids_WT.shape[1] * words)))
     if asked < 1:
         raise UserError(f"batch_size {asked} must be at least 1, or auto")
