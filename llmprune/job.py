@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
-from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels import dispatch
@@ -223,10 +222,7 @@ class Job:
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
-            files = companions(self.folder, code=self.recipe.trust_remote_code)
-            # config.json last: without it nothing takes the folder for a model
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                shutil.copyfile(path, folder / path.name)
+            copy_companions(self.folder, folder, code=self.recipe.trust_remote_code)
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)

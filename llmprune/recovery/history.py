@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.inspection import inspect
 from llmprune.job import versions
+from llmprune.memory import PeakMemory
 from llmprune.recipe import Recipe
 from llmprune.types import Outcome, UserError
 
@@ -70,3 +74,14 @@ def with_recovery(report: dict[str, Any], entry: dict[str, Any], zeros: dict[str
         found["tensors"] = [dataclasses.asdict(row) for row in rows]
         found["totals"] = {**report["totals"], "zeros": sum(count for _, count in zeros.values())}
     return found
+
+
+def run_record(memory: PeakMemory, started: float, device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What a recovery took; `started` by `time.perf_counter`."""
+    return {
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
+        "processes": processes,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }

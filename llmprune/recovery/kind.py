@@ -46,9 +46,13 @@ class Kind:
         """Whether the model has its final zeros, so that it may be kept as the best."""
         return True
 
-    def save_adapter(self, model: nn.Module, folder: Path) -> bool:
-        """Write what was trained in PEFT's format; whether the kind has such a thing."""
-        return False
+    def without_adapter(self, targets: list[Target]) -> str | None:
+        """Why what is trained cannot be stored as an adapter in PEFT's format; None if it can."""
+        return f"{type(self).__name__} has no adapter in PEFT's format; lora and merge-then-mask have"
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was trained in PEFT's format."""
+        raise NotImplementedError
 
     def merge(self, model: nn.Module) -> None:
         """Make `model` the plain model again, its new weights in place."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.arch.sublayers import attends
 from llmprune.recovery.kind import Kind
 from llmprune.recovery.zeros import Target, chosen
 from llmprune.types import UserError
@@ -50,12 +53,22 @@ class Lora(Kind):
             target_modules=[one.name.rpartition(".")[0] for one in wanted if one.specs[0].index is None],
             target_parameters=[one.name for one in wanted if one.specs[0].index is not None] or None,
         )
-        self._adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=True)
+        with _names_as_they_are(model):
+            self._adapted: Any = get_peft_model(model, config)
         return self._adapted  # type: ignore[no-any-return]
 
-    def save_adapter(self, model: nn.Module, folder: Path) -> bool:
+    def without_adapter(self, targets: list[Target]) -> str | None:
+        wanted = chosen(targets, self.targets)
+        fused = [one.name for one in wanted if one.specs[0].index is not None]
+        beside = [one.name for one in wanted if one.specs[0].index is None and not attends(one.place or "")]
+        if fused and beside:
+            return (
+                f"peft would take {beside[0]} for an expert's matrix when it reads the adapter; set targets=attention"
+            )
+        return None
+
+    def save_adapter(self, folder: Path) -> None:
         self._adapted.save_pretrained(folder)
-        return True
 
     def merge(self, model: nn.Module) -> None:
         # in float32, whatever the frozen weights were held in
@@ -78,3 +91,14 @@ class MergeThenMask(Lora):
 
     def check(self, targets: list[Target]) -> None:
         self._check_fused(targets)
+
+
+@contextlib.contextmanager
+def _names_as_they_are(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the model's type from PEFT, which by it takes names of dense MLPs for those that experts had once."""
+    kind = model.config.model_type
+    model.config.model_type = ""
+    try:
+        yield
+    finally:
+        model.config.model_type = kind

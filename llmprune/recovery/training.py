@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from llmprune.calibration import check_vocabulary
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import Routing, load_config
-from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device
 from llmprune.eval.perplexity import open_model
@@ -29,7 +28,7 @@ from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
 from llmprune.recovery.data import read_corpus
 from llmprune.recovery.distill import Beside, precompute
-from llmprune.recovery.history import parent_of, read_history, with_recovery
+from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
 from llmprune.recovery.kind import Kind
 from llmprune.recovery.loop import Trainer
 from llmprune.recovery.losses import Distillation, Loss, cross_entropy
@@ -142,6 +141,8 @@ class TrainingRun:
         plain.to(self.processes.device)
         targets = find_targets(plain)
         self.kind.check(targets)
+        if self.recipe.adapter is not None and (why := self.kind.without_adapter(targets)):
+            raise UserError(f"adapter={self.recipe.adapter}: {why}")
         torch.manual_seed(self.recipe.seed)  # where an adapter starts is drawn
         return Student(plain, self.kind.prepare(plain, targets), targets)
 
@@ -203,7 +204,7 @@ class TrainingRun:
             self.student = self._open_student()
             read_best(self.output.scratch, self.student.module)
         if recipe.adapter is not None and self.processes.is_main_process:
-            self.kind.save_adapter(self.student.module, Path(recipe.adapter))
+            self.kind.save_adapter(Path(recipe.adapter))
         plain, targets = self.student.plain, self.student.targets
         self.kind.merge(self.student.module)
         put_back(plain, targets)
@@ -239,26 +240,15 @@ class TrainingRun:
         """Complete the folder; `model` is what it must hold, if it is still in memory."""
         entry = json.loads((self.output.scratch / TRAINED).read_text())
         zeros = entry.pop("zeros")
-
-        def add_files(folder: Path) -> None:
-            files = companions(self.folder, code=self.recipe.trust_remote_code)
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                shutil.copyfile(path, folder / path.name)
+        trust = self.recipe.trust_remote_code
 
         def describe(folder: Path) -> dict[str, Any]:
             expected = None if model is None else lambda ids: logits(model, ids)
-            trust = self.recipe.trust_remote_code
             verified = verify(folder, expected, self.unused, dtype=torch.float32, trust_remote_code=trust)
-            run = {
-                "seconds": round(time.perf_counter() - self.started, 3),
-                "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
-                "processes": self.processes.num_processes,
-                "device": self.processes.device.type,
-                "threads": torch.get_num_threads(),
-            }
+            run = run_record(memory, self.started, self.processes.device, self.processes.num_processes)
             return {**with_recovery(self.history, {**entry, "run": run}, zeros), "verified": verified}
 
-        self.output.finish(add_files, describe)
+        self.output.finish(lambda folder: copy_companions(self.folder, folder, code=trust), describe)
 
 
 def start_processes(device: str) -> Accelerator:
