@@ -37,7 +37,7 @@ LAYERS = {
     "allocation": 3,
     "methods": 3,
     "plan": 4,
-    "hub": 4,
+    "hub": 6,
     "measurement": 4,
     "result": 4,
     "pipeline": 4,
