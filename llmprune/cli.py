@@ -60,6 +60,13 @@ def prune(
         str | None, typer.Option(help="Decoder layers to leave out: how many (4), or which (5,6,7).")
     ] = None,
     drop_experts: Annotated[float | None, typer.Option(help="Fraction of every layer's experts to leave out.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="plain, or remote-code: smaller where no plain class holds the result.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the decoder layers' parameters to take out, as heads and channels.")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters the model should have, for example 6e9.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text SPEC: file:PATH[:FIELD], wikitext2, c4, ptb, hub:…, demo.")
     ] = None,
@@ -92,6 +99,9 @@ def prune(
         "pattern": pattern,
         "drop_layers": drop_layers,
         "drop_experts": drop_experts,
+        "layout": layout,
+        "ratio": ratio,
+        "params": params,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,

@@ -53,6 +53,17 @@ class Calibration(Strict):
     )
 
 
+class Width(Strict):
+    """What heads and channels may go."""
+
+    units: Names = Field(
+        default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can"
+    )
+    round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
+    protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
+    protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
+
+
 class Engine(Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
@@ -77,6 +88,10 @@ class Override(Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
+# Amounts of what is not weights.
+AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
+
+
 class Recipe(Strict):
     """What to prune, by which method, how much, and on which evidence."""
 
@@ -92,12 +107,21 @@ class Recipe(Strict):
     )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    steps: int = Field(
+        default=1, ge=1, description="times the model is pruned, each more than before, calibrated anew in between"
+    )
     reconstruct: int | None = Field(
         default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
+    layout: Literal["plain", "remote-code"] = Field(
+        default="plain", description="remote-code may ship a modelling file, where no plain class holds the result"
+    )
+    ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
+    params: float | None = Field(default=None, description="number of parameters the model should have")
+    width: Width = Field(default_factory=Width)
+    allocation: str | None = Field(default=None, description="how the amount is spread over the matrices or layers")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
@@ -119,13 +143,17 @@ class Recipe(Strict):
                 return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
+            if data.get("ratio") is not None or data.get("params") is not None:
+                return {**data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
-        for key in ("drop_layers", "drop_experts"):
+        for key in AMOUNTS:
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
+        if self.layout != "plain":
+            raise UserError(f"layout {self.layout!r} has no meaning for {self.method!r}, whose result is always plain")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")
@@ -214,13 +242,15 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
     """The recipe of every stage; raises UserError for a stage that is none, or amounts outside the stages."""
     if not recipe.stages:
-        return []
+        return _steps_of(recipe) if recipe.steps > 1 else []
+    if recipe.steps > 1:
+        raise UserError("steps belongs to a recipe without stages")
     base = recipe.model_dump(exclude={"stages", *OWN})
     fields = type(recipe).model_fields
     outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
@@ -230,6 +260,18 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         if "stages" in stage or "model" in stage:
             raise UserError("a stage has neither a model nor stages of its own")
     return [validate(_merged(base, stage)) for stage in recipe.stages]
+
+
+def _steps_of(recipe: Recipe) -> list[Recipe]:
+    """One recipe a step, with amounts that grow fast at first and slowly at the end.
+
+    The cubic schedule of Zhu and Gupta 2017 (arXiv:1710.01878, eq. 1): after step t of n the sparsity is
+    s (1 - (1 - t/n)^3).
+    """
+    if recipe.sparsity is None or recipe.overrides:
+        raise UserError("steps needs a sparsity for all matrices: a pattern, or an override, has only one amount")
+    shares = [1 - (1 - step / recipe.steps) ** 3 for step in range(1, recipe.steps + 1)]
+    return [recipe.model_copy(update={"sparsity": recipe.sparsity * share, "steps": 1}) for share in shares]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

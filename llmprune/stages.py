@@ -15,12 +15,15 @@ from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.methods import method_class
+from llmprune.narrowing import Narrowing
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
-from llmprune.restructuring import STRUCTURAL, Restructuring
+from llmprune.restructuring import Restructuring
 from llmprune.result import Result
 
 Model: TypeAlias = PreTrainedModel | None
+# The job that carries out each kind of method.
+KINDS = {"weight": Job, "depth": Restructuring, "expert": Restructuring, "width": Narrowing}
 
 
 def run(
@@ -86,8 +89,7 @@ def _job(
 ) -> Result:
     started = time.perf_counter()
     with PeakMemory() as memory:
-        kind = Restructuring if method_class(recipe.method).kind in STRUCTURAL else Job
-        job = kind(recipe, model, tokenizer, data, out)
+        job = KINDS[method_class(recipe.method).kind](recipe, model, tokenizer, data, out)
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:
             return Result(job.describe_plan(), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -144,6 +144,14 @@ class Streamed:
         tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
         self.free(unit)
         return tensors
+
+    def edited(self, unit: Unit, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint tensors of a unit in their stored dtype, its parameters changed, or cut, by `edit(name, value)`."""
+        # wide enough for every stored dtype to come through as it is
+        self._routing.load(self._routing.keys_under(unit.prefix), torch.float32, torch.device("cpu"), None)
+        tensors = self._routing.store(unit.prefix, edit)
+        self.free(unit)
+        return {key: one.to(self._checkpoint.entries[key].dtype) for key, one in tensors.items()}
 
     def commit_rest(self) -> None:
         """Write everything that lies outside the units, byte for byte as it was read."""

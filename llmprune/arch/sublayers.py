@@ -48,6 +48,11 @@ def halves(layer: nn.Module) -> dict[str, Half]:
     return {half: Half(tuple(paths), _parameters(layer, paths, blocks)) for half, paths in found.items()}
 
 
+def writes_to_stream(name: str) -> bool:
+    """Whether a matrix is the last of its half, by its name."""
+    return name.partition("[")[0].removesuffix(".weight").rpartition(".")[2] in OUTPUTS
+
+
 def attends(path: str) -> bool:
     """Whether a module, by its path in a decoder layer, belongs to the attention."""
     first = path.partition(".")[0].lower()
