@@ -45,6 +45,8 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, source in (("text", "calibration"), ("other-text", "eval")):
         text = (PACKAGE / "demo" / f"{source}.txt").read_text()
         (tmp_path / f"{name}.txt").write_text(text[:20_000])
+    talk = {"question": "Who went to the park?", "answer": "Lily and her mother went to the park."}
+    (tmp_path / "talks.jsonl").write_text((json.dumps(talk) + "\n") * 60)
     (tmp_path / "tasks").mkdir()
     piqa = {"context": "Question: Why?\nAnswer:", "choices": ["Because.", "Not at all."], "label": 0}
     blimp = {"uid": "a", "good": "The cats sleep.", "bad": "The cats sleeps."}
@@ -60,7 +62,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_page(page: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("lm_eval", "altair", "vl_convert"):
+    for package in ("lm_eval", "altair", "vl_convert", "accelerate", "peft"):
         pytest.importorskip(package)
     if page.stem in ("evaluate", "report"):
         # these pages go on from where README.md ends
@@ -91,7 +93,7 @@ def run(line: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         harness.main()
         return
     assert words[0] == "llmprune", f"nobody tests {command!r}"
-    if "--out" in words and words[1] == "prune":
+    if "--out" in words and words[1] in ("prune", "recover"):
         shutil.rmtree(work / words[words.index("--out") + 1], ignore_errors=True)
     ran = cli(*words[1:])
     assert ran.code == 0, f"{command}: {ran.err}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
-QUICK: dict[str, Any] = {"data": "demo", "seqlen": 32, "steps": 3, "batch_size": 4, "training.evaluate_every": 2}
+QUICK: dict[str, Any] = {"seqlen": 32, "steps": 3, "batch_size": 4, "training.evaluate_every": 2}
 KEEPING = ["finetune", "distill", "masked", "spp", "merge-then-mask"]
 ADAPTERS = ["masked", "spp", "lora"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests train on a few pages, so that looking at the held-out part is quick."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((DEMO.parent / "calibration.txt").read_text()[:6000])
+    QUICK["data"] = f"file:{path}"
+    yield
+    del QUICK["data"]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +147,7 @@ def test_adapters_find_the_matrices_of_every_layout(how: str, layout: str) -> No
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(pruned: dict[str, Path], tmp_path: Path) -> None:
-    settings = ("--how", "masked", "--data", "demo", "--seqlen", 32, "--steps", 6, "--batch-size", 4,
+    settings = ("--how", "masked", "--data", QUICK["data"], "--seqlen", 32, "--steps", 6, "--batch-size", 4,
                 "--set", "training.evaluate_every=2", "--device", "cpu")  # fmt: skip
     assert cli("recover", pruned["2:4"], *settings, "--out", tmp_path / "whole").code == 0
     command = ("recover", pruned["2:4"], *settings, "--out", tmp_path / "cut")
