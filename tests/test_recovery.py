@@ -139,7 +139,7 @@ def test_adapters_find_the_matrices_of_every_layout(how: str, layout: str) -> No
         for one in reached.values():
             one.add_(0.05)
     adapted = module.eval()(input_ids=ids, use_cache=False).logits.detach()
-    kind.merge(module)
+    kind.merge(targets)
     merged = model.eval()(input_ids=ids, use_cache=False).logits.detach()
     assert torch.allclose(merged, adapted, atol=2e-4 * float(adapted.abs().max()))
     assert not torch.allclose(merged, before, atol=1e-3)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.recovery.kind import Kind
-from llmprune.recovery.zeros import Keep, Target, attach, detach
+from llmprune.recovery.zeros import Keep, Target, attach
 from llmprune.types import UserError
 
 PARTS = ("all", "matrices")
@@ -34,10 +34,6 @@ class Finetune(Kind):
         model.requires_grad_(self.train == "all")
         for target in targets:
             model.get_parameter(target.name).requires_grad_(True)
-        self._targets = [target for target in targets if not target.kept.all()]
-        for _ in attach(self._targets, lambda target: Keep(target.kept)):
-            pass
-        return model
-
-    def merge(self, model: nn.Module) -> None:
-        detach(self._targets)
+        attach([target for target in targets if not target.kept.all()], lambda target: Keep(target.kept))
+        trained: nn.Module = model
+        return trained

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmprune import masks
 from llmprune.recovery.kind import Kind
-from llmprune.recovery.zeros import Keep, Target, attach, detach
+from llmprune.recovery.zeros import Keep, Target, attach
 from llmprune.types import Budget, MatrixSpec, Pattern, UserError
 
 
@@ -64,9 +64,6 @@ class Amount(Kind):
     def settled(self, done: int, steps: int) -> bool:
         return done >= self.end * steps
 
-    def merge(self, model: nn.Module) -> None:
-        detach(self._targets)
-
 
 def layered(targets: list[Target]) -> list[Target]:
     """The matrices of the decoder layers; the head is never pruned in training."""
@@ -98,17 +95,20 @@ class Gradual(Amount):
     def prepare(self, model: PreTrainedModel, targets: list[Target]) -> nn.Module:
         model.requires_grad_(True)
         self._targets = layered(targets)
-        self._masks = list(attach(self._targets, lambda one: Shrinking(one.kept)))
+        self._masks = attach(self._targets, lambda one: Shrinking(one.kept))
         self._starts = [float((~one.kept).sum()) / one.kept.numel() for one in self._targets]
         # views of the same storage would move along
         self._before = [one.detach().clone() for one in self._originals()] if self.rewind else []
-        return model
+        trained: nn.Module = model
+        return trained
 
     def after_step(self, done: int, steps: int) -> bool:
         last = max(1, round(self.end * steps))
         if done > last or (done % self.every and done != last):
             return False
-        for (target, module), weight, start in zip(self._masks, self._originals(), self._starts, strict=True):
+        for target, module, weight, start in zip(
+            self._targets, self._masks, self._originals(), self._starts, strict=True
+        ):
             share = rising(start, self.budget().sparsity, done / last)
             scores = weight.detach().abs().masked_fill(~module.kept, -1)
             module.kept.copy_(~pruned_by(scores, target.specs, self.budget(share)))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.recovery.zeros import Target
+from llmprune.recovery.zeros import Target, detach
 
 
 class Kind:
@@ -54,6 +54,6 @@ class Kind:
         """Write what was trained in PEFT's format."""
         raise NotImplementedError
 
-    def merge(self, model: nn.Module) -> None:
-        """Make `model` the plain model again, its new weights in place."""
-        raise NotImplementedError
+    def merge(self, targets: list[Target]) -> None:
+        """Make the model a plain one again, with its new weights in place."""
+        detach(targets)

@@ -70,7 +70,7 @@ class Lora(Kind):
     def save_adapter(self, folder: Path) -> None:
         self._adapted.save_pretrained(folder)
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, targets: list[Target]) -> None:
         # in float32, whatever the frozen weights were held in
         self._adapted.float().merge_and_unload()
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.recovery.kind import Kind
-from llmprune.recovery.zeros import Target, attach, chosen, detach
+from llmprune.recovery.zeros import Target, attach, chosen
 
 
 class MaskedLowRank(nn.Module):
@@ -42,14 +42,9 @@ class Adapters(Kind):
 
     def wrap(self, model: PreTrainedModel, wanted: list[Target], make: Callable[[Target], nn.Module]) -> nn.Module:
         model.requires_grad_(False)
-        self._targets = wanted
-        for target, _ in attach(wanted, make):
-            # what is computed from a frozen weight is trained all the same
-            getattr(target.owner, "parametrizations")[target.short].original.requires_grad_(False)  # noqa: B009
-        return model
-
-    def merge(self, model: nn.Module) -> None:
-        detach(self._targets)
+        attach(wanted, make)
+        trained: nn.Module = model
+        return trained
 
 
 @dataclass

@@ -86,14 +86,13 @@ class Movement(Amount):
 
     def prepare(self, model: PreTrainedModel, targets: list[Target]) -> nn.Module:
         model.requires_grad_(True)
-        self._targets = layered(targets)
+        wanted = layered(targets)
         threshold = self.threshold if self.mode == "soft" else None
-        self._scored: list[Any] = [
-            one for _, one in attach(self._targets, lambda one: Scored(one, threshold, self.budget))
-        ]
-        self._starts = [float((~one.kept).sum()) / one.kept.numel() for one in self._targets]
+        self._scored = attach(wanted, lambda one: Scored(one, threshold, self.budget))
+        self._starts = [float((~one.kept).sum()) / one.kept.numel() for one in wanted]
         self._allow(0.0)
-        return model
+        trained: nn.Module = model
+        return trained
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         scores = [one.scores for one in self._scored]

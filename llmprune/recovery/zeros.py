@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from llmprune.types import MatrixSpec, UserError
 # A matrix with a larger share of zeros was pruned; a dense one holds a few by chance.
 PRUNED = 0.01
 ROLES = ("all-linear", "attention", "mlp")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,23 @@ def chosen(targets: list[Target], role: str) -> list[Target]:
     return found
 
 
-def attach(targets: list[Target], make: Callable[[Target], nn.Module]) -> Iterator[tuple[Target, nn.Module]]:
-    """Compute each target's weight from the stored one by a module; yields them.
+def attach(targets: list[Target], make: Callable[[Target], Module]) -> list[Module]:
+    """Compute each target's weight from the stored one by a module; returns those.
 
     The stored weight is then the parameter `original`, and autograd sees what the module makes of it.
     """
-    for target in targets:
-        module = make(target)
+    modules = [make(target) for target in targets]
+    for target, module in zip(targets, modules, strict=True):
         parametrize.register_parametrization(target.owner, target.short, module, unsafe=True)
-        yield target, module
+    return modules
 
 
 def detach(targets: list[Target]) -> None:
-    """Make the computed weights plain parameters again, in float32."""
+    """Make computed weights plain parameters again; a target whose weight is not computed stays as it is."""
     for target in targets:
         owner: nn.Module = target.owner
+        if not parametrize.is_parametrized(owner, target.short):
+            continue
         with torch.no_grad():
             value = getattr(owner, target.short).detach()
         parametrize.remove_parametrizations(owner, target.short, leave_parametrized=False)

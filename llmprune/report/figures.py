@@ -52,9 +52,9 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
         if stage.get("structure", {}).get("scores"):
             title = "Scores of what could go" + (f" (stage {number})" if "stages" in run else "")
             charts[title] = _scores(stage["structure"]["scores"], stage["recipe"]["method"])
-    for number, entry in enumerate(run.get("recovery", []), 1):
-        if len(entry.get("curve", [])) > 1:
-            charts[f"Recovery {number}: {entry['recipe']['how']}"] = _training(entry)
+    for number, recovery in enumerate(run.get("recovery", []), 1):
+        if recovery.get("curve"):
+            charts["Recovery" + (f" {number}" if len(run["recovery"]) > 1 else "")] = _training(recovery)
     return charts
 
 
