@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.eval.perplexity import cut
+from llmprune.eval.perplexity import cut, fitting
 from llmprune.types import UserError
 
 PROMPTS = (
@@ -20,7 +20,13 @@ PROMPTS = (
 
 @torch.no_grad()
 def agreement(
-    model: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any, spec: str, *, batch_size: int = 8, **protocol: Any
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokenizer: Any,
+    spec: str,
+    *,
+    batch_size: int | Literal["auto"] = 8,
+    **protocol: Any,
 ) -> dict[str, Any]:
     """KL(dense ‖ pruned) in nats and the share of equal most likely tokens, means over the scored tokens.
 
@@ -33,7 +39,7 @@ def agreement(
         raise UserError(f"the vocabularies differ ({sizes[0]} and {sizes[1]} tokens): no KL between the two models")
     kl, same = torch.zeros((), dtype=torch.float64), 0
     tokens = 0
-    for first, batch_BT in windows.batches(batch_size):
+    for first, batch_BT in windows.batches(fitting([model, dense], windows, batch_size)):
         ours_BTV = model(input_ids=batch_BT.to(model.device), use_cache=False).logits[:, :-1]
         theirs_BTV = dense(input_ids=batch_BT.to(dense.device), use_cache=False).logits[:, :-1]
         # row by row: the log probabilities of a whole batch can outgrow the model

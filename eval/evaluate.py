@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ def evaluate(
     prompts: bool | Sequence[str] = False,
     tokenizer: Any = None,
     task_data: str | Path | None = None,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] = 8,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -39,7 +39,8 @@ def evaluate(
     `tasks`: lm-eval tasks, or local ones over files in `task_data`, with `limit`, `fewshot`, `chat_template`
     and `seed`. `prompts`: texts to go on from (True: a fixed few). `baseline`: the dense model; what is
     measured of the one is measured of the other, and `comparison` holds the perplexity ratio, KL, top-1
-    agreement, and paired tests. Raises UserError.
+    agreement, and paired tests. `batch_size`: windows or requests at once; "auto": as many as memory allows. Raises
+    UserError.
     """
     specs, names = _listed(perplexity), _listed(tasks)
     asked = list(PROMPTS) if prompts is True else [] if prompts is False else list(prompts)
@@ -85,7 +86,7 @@ class _Wanted:
     windows: dict[str, Any]
     settings: dict[str, Any]
     folder: str | Path | None
-    batch_size: int
+    batch_size: int | Literal["auto"]
 
     def of(self, model: PreTrainedModel, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The result for one model, and lm-eval's samples for the paired tests."""

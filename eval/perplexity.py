@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,12 @@ from llmprune.checkpoint.skeleton import load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
 from llmprune.job import load_tokenizer, longest
+from llmprune.memory import free
+from llmprune.sparse import load
 from llmprune.types import UserError
 
+# More windows at once save no time.
+MOST_WINDOWS = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -48,8 +52,8 @@ def open_model(
     config = load_config(str(folder), trust_remote_code=trust_remote_code)
     place = choose_device(device)
     if sparse:
-        quick = _on_sparse_kernels(folder)
-        return quick.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
+        quick = load(folder, sparse=True, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        return quick, tokenizer or load_tokenizer(folder, trust_remote_code)
     try:
         loaded, info = load_model(folder, dtype=choose_dtype(dtype, config, place), trust_remote_code=trust_remote_code)
     except RuntimeError as error:
@@ -58,15 +62,6 @@ def open_model(
         # transformers would fill it with random numbers
         raise UserError(f"{folder} lacks the tensor {min(info['missing_keys'])} that its configuration calls for")
     return loaded.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
-
-
-def _on_sparse_kernels(folder: Path) -> PreTrainedModel:
-    import llmprune
-
-    if not hasattr(llmprune, "load"):
-        raise UserError("sparse=True: this version of llmprune has no sparse kernels; leave it out")
-    model: PreTrainedModel = llmprune.load(folder, sparse=True)
-    return model
 
 
 @dataclass(frozen=True)
@@ -147,13 +142,27 @@ def cut(
     return Windows(ids_WT, advance, used, length if stride is None else advance)
 
 
+def fitting(models: Sequence[PreTrainedModel], windows: Windows, asked: int | Literal["auto"]) -> int:
+    """The windows of a batch for `models` that run on it in turns; raises UserError.
+
+    "auto": as many, up to `MOST_WINDOWS`, as have room for their logits in half of the free memory. A window's logits
+    are there three times, in float32: as they are made, converted, and as log probabilities.
+    """
+    if asked == "auto":
+        device = models[0].device
+        words: int = max(one.get_output_embeddings().weight.shape[0] for one in models)
+        return max(1, min(MOST_WINDOWS, free(device) // 2 // (len(models) * 3 * 4 * windows.ids_WT.shape[1] * words)))
+    if asked < 1:
+        raise UserError(f"batch_size {asked} must be at least 1, or auto")
+    return asked
+
+
 def measure(
-    model: PreTrainedModel, tokenizer: Any, spec: str, *, batch_size: int = 8, **protocol: Any
+    model: PreTrainedModel, tokenizer: Any, spec: str, *, batch_size: int | Literal["auto"] = 8, **protocol: Any
 ) -> dict[str, Any]:
     """Perplexity on a text; `protocol` as in `cut`. Every predicted token weighs the same."""
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} must be at least 1")
     windows = cut(model, tokenizer, spec, **protocol)
+    batch_size = fitting([model], windows, batch_size)
     loss = torch.zeros((), dtype=torch.float64)
     scored = 0
     for first, batch_BT in windows.batches(batch_size):

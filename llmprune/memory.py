@@ -11,7 +11,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
 
 
 class PeakMemory:
@@ -55,6 +58,16 @@ def current() -> tuple[int, int]:
         return tuple(int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
+
+
+def free(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on CPU without /proc, 1 GiB, which is a guess on the safe side."""
+    if device.type != "cpu":
+        return int(torch.accelerator.get_memory_info(device)[0])
+    if not _MEMORY.exists():
+        return 2**30
+    fields = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def give_back() -> None:

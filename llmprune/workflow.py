@@ -50,7 +50,7 @@ class Evaluation(Strict):
     chat_template: bool = False
     seed: int = 0
     prompts: bool | list[str] = False
-    batch_size: int = 8
+    batch_size: int | Literal["auto"] = 8
     device: str = "auto"
     dtype: str = "auto"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from runner import cli
 
 import llmprune
@@ -26,6 +27,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from llmprune.eval import harness
 from llmprune.eval.significance import difference
+from llmprune.kernels.linear24 import SparseLinear24
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 OWN = Path(lm_eval.__file__).parent / "tasks"
@@ -139,17 +141,18 @@ def test_eval_of_tasks_beside_a_baseline(piqa: Path) -> None:
     assert result["comparison"]["tasks"]["local_piqa"]["acc"]["p"] == 1
 
 
-def test_sparse_goes_through_load(piqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = harness.open_model(DEMO)
-    asked: list[Any] = []
-
-    def load(folder: Path, *, sparse: bool) -> Any:
-        asked.append((folder, sparse))
-        return model
-
-    monkeypatch.setattr(llmprune, "load", load, raising=False)
-    assert harness.PrunedLM(str(DEMO), sparse=True)._model is model
-    assert asked == [(DEMO, True)]
+def test_sparse_runs_on_packed_weights(piqa: Path, tmp_path: Path) -> None:
+    llmprune.prune(DEMO, out=tmp_path / "nm", method="magnitude", pattern="2:4")
+    half = harness.PrunedLM(str(tmp_path / "nm"), sparse=True, dtype="bfloat16")
+    assert {one.values.dtype for one in half.model.modules() if isinstance(one, SparseLinear24)} == {torch.bfloat16}
+    answers = []
+    for sparse in (True, False):
+        model = harness.PrunedLM(str(tmp_path / "nm"), sparse=sparse, batch_size=2)
+        assert any(isinstance(one, SparseLinear24) for one in model.model.modules()) is sparse
+        found = simple_evaluate(model=model, tasks=["local_piqa"], task_manager=harness.manager(["local_piqa"], piqa))
+        answers.append([float(one[0][0]) for row in found["samples"]["local_piqa"] for one in row["resps"]])
+    # the same products added in another order: float32 rounding of logits near 10, over at most 40 tokens
+    assert answers[0] == pytest.approx(answers[1], abs=40 * 10 * 2**-23 * 10)
 
 
 def test_wrong_tasks_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import llmprune
 from llmprune import UserError
-from llmprune.eval.perplexity import measure, open_model
+from llmprune.eval import perplexity
+from llmprune.eval.perplexity import cut, measure, open_model
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 VOCABULARY = 128
@@ -285,3 +286,20 @@ def test_tokenizers_that_add_bos(shared: Path, name: str) -> None:
     model, tokenizer = open_model(shared / "models" / name)
     found = measure(model, tokenizer, f"file:{shared}/data/stories-eval.txt", seqlen=256, max_windows=4)
     assert found["bos"] and found["tokens"] == 4 * 255
+
+
+def test_auto_batch_fits_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = open_model(DEMO)
+    windows = cut(model, tokenizer, "demo", seqlen=32, max_windows=4)
+    one = 3 * 4 * 32 * model.config.vocab_size  # float32 logits of a window, three times
+    for free, expected in ((10 * one, 5), (one, 1), (0, 1), (10**15, 64)):
+        monkeypatch.setattr(perplexity, "free", lambda device, free=free: free)
+        assert perplexity.fitting([model], windows, "auto") == expected
+        assert perplexity.fitting([model, model], windows, "auto") == max(1, min(64, free // 2 // (2 * one)))
+    monkeypatch.undo()
+    asked = {"perplexity": "demo", "seqlen": 32, "max_windows": 4, "baseline": DEMO}
+    auto, two = (llmprune.evaluate(DEMO, batch_size=size, **asked) for size in ("auto", 2))
+    assert auto["perplexity"]["demo"]["ppl"] == pytest.approx(two["perplexity"]["demo"]["ppl"], rel=1e-5)
+    with pytest.raises(UserError, match="batch_size 0"):
+        llmprune.evaluate(DEMO, batch_size=0, perplexity="demo")
+    assert cli("eval", DEMO, "--perplexity", "demo", "--batch-size", "many").code == 2

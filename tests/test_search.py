@@ -187,6 +187,7 @@ def test_a_recipe_says_the_same(tmp_path: Path) -> None:
         ({"budget": "ppl<=0.9x"}, "better than the dense one"),
         ({"methods": "shortgpt", "amounts": "0.5"}, "takes none of the amounts"),
         ({"amounts": "half"}, "neither a number nor a pattern"),
+        ({"methods": "flap", "amounts": "2:4"}, "takes none of the amounts"),
         ({"methods": "wandda"}, "did you mean 'wanda'"),
         ({"methods": "auto", "scan": True}, "cannot be solved one by one"),
         ({"perplexity": "file:no-such.txt"}, "no-such.txt"),

@@ -33,7 +33,9 @@ def evaluate(
     generate: Annotated[bool, typer.Option("--generate", help="Let the model go on from fixed prompts.")] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of yours to go on from; may be repeated.")] = None,
     baseline: Annotated[str | None, typer.Option(help="The dense model: measured likewise, and compared.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows or requests a batch.")] = 8,
+    batch_size: Annotated[
+        str, typer.Option(help="Windows or requests a batch, or auto: as many as memory allows.")
+    ] = "8",
     seed: Annotated[int, typer.Option(help="Seed of lm-eval: few-shot examples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
@@ -51,6 +53,8 @@ def evaluate(
         raise UserError(f"--out {out} must be a file in a folder that exists")
     if not (seqlen == "max" or seqlen.isdigit()):
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
+    if not (batch_size == "auto" or batch_size.isdigit()):
+        raise UserError(f"--batch-size {batch_size} must be a number, or auto")
     if record and not (Path(model) / REPORT_NAME).is_file():
         raise UserError(f"--record: there is no {Path(model) / REPORT_NAME}; only a model that llmprune made has one")
     result = llmprune.evaluate(
@@ -68,7 +72,7 @@ def evaluate(
         fewshot=fewshot,
         chat_template=chat_template,
         seed=seed,
-        batch_size=batch_size,
+        batch_size="auto" if batch_size == "auto" else int(batch_size),
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

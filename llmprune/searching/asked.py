@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from llmprune.methods import method_class
-from llmprune.recipe import Names, Recipe, Strict, validate
+from llmprune.recipe import AMOUNTS, Names, Recipe, Strict, validate
 from llmprune.types import UserError
 
 # The recipe key of an amount, by the kind of method.
-KEYS = {"weight": "sparsity", "depth": "drop_layers", "expert": "drop_experts"}
-NO_AMOUNT: dict[str, Any] = {"sparsity": None, "pattern": "unstructured", "drop_layers": None, "drop_experts": None}
+KEYS = {"weight": "sparsity", "width": "ratio", "depth": "drop_layers", "expert": "drop_experts"}
+NO_AMOUNT: dict[str, Any] = {"sparsity": None, "pattern": "unstructured", **dict.fromkeys(AMOUNTS)}
 LEVELS = [f"{number / 20:g}" for number in range(1, 20)]
 
 
@@ -96,7 +96,8 @@ def understood(method: str, amounts: list[str]) -> list[str]:
     if not taken:
         raise UserError(
             f"{method!r} takes none of the amounts {', '.join(amounts)}: weight methods take fractions of zeros and N:M "
-            "patterns, expert methods fractions of the experts, depth methods numbers of layers"
+            "patterns, width methods fractions of the parameters, expert methods fractions of the experts, depth methods "
+            "numbers of layers"
         )
     return taken
 
