@@ -52,6 +52,7 @@ def data(outputs: int, inputs: int, seed: int = 0) -> Data:
     gradient = Gradient(*torch.zeros(2, outputs, inputs))
     for number in range(4):
         gradient.add(normal(outputs, inputs, seed=seed + 5 + number), 0.25)
+    gradient.turned_OI = normal(outputs, inputs, seed=seed + 9)
     return Data(normal(outputs, inputs, seed=seed + 4), stats, gradient)
 
 
