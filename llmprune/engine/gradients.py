@@ -20,8 +20,9 @@ Found = dict[str, Gradient]
 def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
 
-    Yields while the layer is loaded. Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
-    and handing the gradient of its input on to the layer below. A batch is one sample g_n (see `Gradient`).
+    Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
+    and handing the gradient of its input on to the layer below. A batch is one sample (see `Gradient`). Yields while
+    the layer is loaded.
     """
     entered: list[States] = []
     states = trunk.enter()

@@ -96,6 +96,7 @@ def allocation_of(recipe: Recipe) -> str:
 
 def score_of(method: Any) -> Score:
     """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
+    method = method.method if isinstance(method, Composed) else method
     score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
     return score if score.needs <= {GRADIENTS, TURNED} else SCORES["magnitude"]
 
