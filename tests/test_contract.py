@@ -25,6 +25,10 @@ from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern
 NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
 NOT_IDEMPOTENT = {"admm", "alps", "auto"}
+# Its scores are of either sign, so that a weight that is gone, with its 0, is not the lowest.
+NOT_IDEMPOTENT |= {"grasp"}
+# Scores that do not look at the weights choose the mask from before its refinement once more.
+BLIND = {"activation", "random"}
 REFINE = ["none", *REFINEMENTS]
 UPDATE = ["none", *UPDATES]
 BUDGETS = {"0.3": Budget(0.3), "0.7": Budget(0.7)} | {
@@ -104,7 +108,7 @@ def test_at_zero_the_dense_matrix_comes_back(name: str, update: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IDEMPOTENT])
 def test_pruning_again_keeps_the_mask(name: str) -> None:
     made = data(6, 24)
-    for text, refine, update in pairwise(list(BUDGETS), REFINE, UPDATE):
+    for text, refine, update in pairwise(list(BUDGETS), ["none"] if name in BLIND else REFINE, UPDATE):
         once = run(name, made, BUDGETS[text], refine, update)
         twice = run(name, made._replace(weight_OI=once.weight_OI), BUDGETS[text], refine, update)
         assert torch.equal(once.pruned_OI, twice.pruned_OI), f"{text} {refine} {update}"
