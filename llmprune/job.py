@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
@@ -23,8 +22,9 @@ from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
-from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine.gradient_store import Gradients
@@ -39,7 +39,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.result import Result
 from llmprune.statistics import OF_WEIGHTS, TURNED
-from llmprune.types import Matrix, MatrixSpec, UserError
+from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
 
@@ -95,6 +95,16 @@ class Job:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        self.budgets(self.recipe)
+
+    def budgets(self, recipe: Recipe) -> dict[str, Budget]:
+        """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
+        with torch.no_grad():
+            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+        return dict(self.plan.budgets)
+
+    def dense(self) -> Dense:
+        """The model before pruning: its chosen matrices, and passes over them that change nothing."""
         weights = self._weights(writing=False)
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
@@ -102,11 +112,7 @@ class Job:
             with self._prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
 
-        dense = Dense(
-            self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure
-        )
-        with torch.no_grad():
-            allocate(self.plan, self.recipe, self.method, self._allocator, dense)
+        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -249,14 +255,13 @@ class Job:
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
-            files = companions(self.folder, code=self.recipe.trust_remote_code)
-            # config.json last: without it nothing takes the folder for a model
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                shutil.copyfile(path, folder / path.name)
+            copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)
             self.model.save_pretrained(folder)
+            if hasattr(self.model.config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _stored_report(self) -> dict[str, Any]:
         assert self.output is not None
@@ -324,7 +329,7 @@ class Job:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "calibration": self._describe_calibration(),
-            "layout": "plain",
+            "layout": "remote-code" if hasattr(self.config, "pruned_layers") else "plain",
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
@@ -359,7 +364,7 @@ def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
     if folder is None:
         raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "

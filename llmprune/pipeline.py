@@ -103,24 +103,24 @@ class Pruning:
                     # taken out, so that the last matrix that shares these statistics frees them
                     self._prune(unit, spec, stats.pop(spec.name))
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
         stored = {row.name.partition("[")[0]: None for row in self._outcomes}
         if not stored:
-            return
+            return False
         parameters = {
             name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
         }
         kept = {name: one != 0 for name, one in parameters.items()}
-        start = {name: one.float() for name, one in parameters.items()}
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
         found, before, after = reconstruct(
-            unit.module, start, kept, calls, targets, epochs=self._epochs, seed=self._recipe.seed
+            unit.module, parameters, kept, storage, calls, targets, epochs=self._epochs, seed=self._recipe.seed
         )
         for name, one in parameters.items():
-            dtype = self._weights.storage_dtype(unit.prefix + name)
-            one.copy_(found[name].to(dtype).masked_fill(~kept[name], 0))
+            one.copy_(found[name])
         self._fits = {"before": before, "after": after}
         self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
+        return True
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:

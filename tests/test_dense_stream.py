@@ -61,8 +61,9 @@ class Shrinking:
         self.stats.update(stats)
         self.left[unit.name] -= stats.keys()
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         self.fitted[unit.name] = (calls, targets)
+        return True
 
     def finish(self, unit: Unit) -> None:
         self.finished.append(unit.name)
@@ -307,6 +308,9 @@ def test_retarget_solves_its_normal_equations() -> None:
     assert torch.allclose(half, (weight_OI + torch.from_numpy(found).float()) / 2, atol=bound)
 
 
+STORAGE = {"weight": torch.float32}
+
+
 def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[Call], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     dense = torch.randn(6, 8, generator=generator)
@@ -316,7 +320,7 @@ def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Ten
     inputs: list[Call] = [((torch.randn(32, 8, generator=generator),), {}) for _ in range(calls)]
     targets = [args[0] @ dense.T for args, _ in inputs]
     now = [(call, call[0][0] @ start["weight"].T) for call in inputs]
-    found, before, after = reconstruct(module, start, {"weight": kept}, now, targets, epochs=epochs, seed=0)
+    found, before, after = reconstruct(module, start, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0)
     assert after < before
     assert not found["weight"][~kept].any()
     return found, kept, inputs, targets
@@ -355,7 +359,7 @@ def test_fitting_never_makes_it_worse() -> None:
     targets = [module(x_TI).detach()]
     calls: list[tuple[Call, torch.Tensor]] = [(((x_TI,), {}), targets[0])]
     kept = {"weight": torch.ones(6, 8, dtype=torch.bool)}
-    found, before, after = reconstruct(module, {"weight": weight}, kept, calls, targets, epochs=3, seed=0)
+    found, before, after = reconstruct(module, {"weight": weight}, kept, STORAGE, calls, targets, epochs=3, seed=0)
     assert after == before and torch.equal(found["weight"], weight)
 
 

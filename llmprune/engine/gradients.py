@@ -6,9 +6,11 @@ what enters every layer for all tokens: tokens x width x layers values in the mo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
 from llmprune.engine.trunk import States, Trunk, token_losses
 from llmprune.types import Gradient
@@ -76,12 +78,9 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
     module = trunk.units[index].module
     parameters = {name: module.get_parameter(name) for name in names}
     found = {name: _none(one) for name, one in parameters.items()}
-    flags = {name: one.requires_grad for name, one in parameters.items()}
     counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
     below: States = []
-    try:
-        for one in parameters.values():
-            one.requires_grad_(True)
+    with differentiated(list(parameters.values())):
         for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
             with torch.enable_grad():
                 leaf = state.detach().requires_grad_()
@@ -92,7 +91,34 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     found[name].add(gradient, counts[number] / sum(counts))
-    finally:
-        for name, one in parameters.items():
-            one.requires_grad_(flags[name])
     return found, below
+
+
+@contextlib.contextmanager
+def differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While active, these parameters get gradients; afterwards they have none, and the flags that they had."""
+    before = [one.requires_grad for one in parameters]
+    for one in parameters:
+        one.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for one, flag in zip(parameters, before, strict=True):
+            one.grad = None
+            one.requires_grad_(flag)
+
+
+def backward(trunk: Trunk, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Add the gradient of the mean loss over some batches; the layers must be loaded."""
+    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    with torch.enable_grad():
+        for batch in batches:
+            logits = trunk.model(**batch, use_cache=False).logits
+            (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()  # type: ignore[no-untyped-call]
+
+
+def sequences(trunk: Trunk) -> Iterator[dict[str, torch.Tensor]]:
+    """The calibration text one sequence at a time."""
+    for batch in trunk.batches:
+        for start in range(len(batch["input_ids"])):
+            yield {key: one[start : start + 1] for key, one in batch.items()}

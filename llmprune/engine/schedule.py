@@ -48,8 +48,11 @@ class Work(Protocol):
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         """Prune the matrices whose statistics are given; uses the dict up."""
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
-        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs."""
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs.
+
+        Returns whether its weights may have changed, which those of a unit that was finished before never do.
+        """
 
     def finish(self, unit: Unit) -> None:
         """Nothing more will be measured in `unit`."""
@@ -94,7 +97,6 @@ class _Course:
         self._unit: Unit | None = None  # None while the dense stream moves, which no product may stop
         self._inputs: list[Inputs] | None = None
         self._residuals: list[Residual] = []
-        self._fresh = False  # the unit is being solved in this run and not yet finished
         self._last: Solved | None = None
 
     def run(self) -> None:
@@ -129,7 +131,7 @@ class _Course:
             self._inputs = self._dense.through(unit, _parameters(unit, self._work.wanted(unit)))
         self._work.enter(unit)
         wanted = self._work.wanted(unit)
-        self._unit, self._last, self._fresh = unit, None, bool(wanted)
+        self._unit, self._last = unit, None
         if self._observe is not None:
             self._observe.watch(_parameters(unit, wanted))
             self._inside_blocks = _stop_at_blocks(unit, self._suspended, self._hooks)
@@ -164,18 +166,17 @@ class _Course:
     def _finish(self) -> None:
         assert self._unit is not None
         self._work.finish(self._unit)
-        self._fresh = False
 
     def _fit(self) -> bool:
         """At the exit of a unit: fit it to the dense outputs; whether it must be run again, with its new weights."""
         assert self._unit is not None
-        if not self._fresh:
+        if self._inputs is None:  # it has run again
             return False
-        assert self._inputs is not None
         self._hooks.close()
         calls = [(call, first_tensor(output)) for call, output in self._suspended.payloads()]
         targets = [one.output for one in self._inputs if one.output is not None]
-        self._work.reconstruct(self._unit, calls, targets)
+        if not self._work.reconstruct(self._unit, calls, targets):
+            return False
         self._finish()
         self._inputs, self._residuals = None, []
         return True

@@ -36,6 +36,16 @@ METHODS = {
     "replaceme": "llmprune.methods.depth.replaceme:ReplaceMe",
     "linearpatch": "llmprune.methods.depth.linearpatch:LinearPatch",
     "llm-streamline": "llmprune.methods.depth.llm_streamline:LLMStreamline",
+    "group-obs": "llmprune.methods.width.obs:GroupOBS",
+    "group-magnitude": "llmprune.methods.width.magnitude:GroupMagnitude",
+    "wanda-sp": "llmprune.methods.width.wanda_sp:WandaSP",
+    "flap": "llmprune.methods.width.flap:FLAP",
+    "llm-pruner": "llmprune.methods.width.llm_pruner:LLMPruner",
+    "group-fisher": "llmprune.methods.width.group_fisher:GroupFisher",
+    "bonsai": "llmprune.methods.width.bonsai:Bonsai",
+    "minitron": "llmprune.methods.width.minitron:Minitron",
+    "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
@@ -131,24 +141,28 @@ def method_class(name: str) -> Any:
 
 
 def make_method(name: str, options: dict[str, Any], *, seed: int = 0) -> Any:
-    """The method with its options set; raises UserError for an option that it does not have.
+    """The method with its options set; raises UserError for an option that it does not have."""
+    return make_options(method_class(name), options, f"method {name!r}", seed=seed)
 
-    `seed` is what a method that draws at random draws from, unless its options say otherwise.
+
+def make_options(cls: Any, options: dict[str, Any], what: str, *, seed: int = 0) -> Any:
+    """An object of a dataclass whose fields are options, for `what` in words; raises UserError.
+
+    `seed` is what a class that draws at random draws from, unless its options say otherwise.
     """
-    cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
     if "seed" in known:
         options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"method {name!r} has no option {key!r}{nearest(key, list(known))}")
+            raise UserError(f"{what} has no option {key!r}{nearest(key, list(known))}")
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
-            raise UserError(f"option {key}={value!r} of method {name!r} must be a {type(default).__name__}")
+            raise UserError(f"option {key}={value!r} of {what} must be a {type(default).__name__}")
     try:
         return cls(**options)
     except ValueError as error:
-        raise UserError(f"method {name!r}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
 
 
 def _accepted(default: Any) -> tuple[type, ...]:
