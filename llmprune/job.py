@@ -27,8 +27,7 @@ from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_conf
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
-from llmprune.engine.gradients import Gradients
-from llmprune.engine.trunk import Trunk
+from llmprune.engine.gradient_store import Gradients
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
@@ -39,7 +38,7 @@ from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.statistics import OF_WEIGHTS, REGIONAL
+from llmprune.statistics import OF_WEIGHTS, TURNED
 from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
@@ -88,6 +87,8 @@ class Job:
                 raise UserError(f"{self.recipe.method!r} takes gradients in decoder layers: leave out the output head")
             if self.dtype == torch.float16:
                 raise UserError(f"gradients underflow in float16, so {self.recipe.method!r} needs another engine.dtype")
+            if TURNED in self.method.needs and self.dtype != torch.float32:
+                raise UserError(f"{self.recipe.method!r} takes differences of gradients: set engine.dtype to float32")
         return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -189,8 +190,8 @@ class Job:
         weights = self._weights(writing=False)
         batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
         with torch.no_grad(), self._prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, batches, weights)
-            return Gradients(trunk, self.plan.specs(), regional=REGIONAL in self.method.needs)
+            (kind,) = self.method.needs & OF_WEIGHTS
+            return Gradients(self.model, self.plan.units, batches, weights, self.plan.specs(), kind)
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:

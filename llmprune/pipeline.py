@@ -12,7 +12,7 @@ from torch import nn
 
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
-from llmprune.engine.gradients import Gradients
+from llmprune.engine.gradient_store import Gradients
 from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy

@@ -98,7 +98,7 @@ class Recipe(Strict):
     model: str = ""
     method: str = "auto"
     options: dict[str, Any] = Field(default_factory=dict, description="the method's own fields")
-    refine: str | None = Field(default=None, description="how the mask is improved: swaps, or none")
+    refine: str | None = Field(default=None, description="how the mask is improved: swaps, dsnot, or none")
     update: str | None = Field(
         default=None, description="weights for the final mask: least-squares, exact, sparsegpt, or none"
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmprune.statistics import GRADIENTS, MOMENTS, REGIONAL, Stats
+from llmprune.statistics import GRADIENTS, MOMENTS, REGIONAL, TURNED, Stats
 from llmprune.types import Gradient, Matrix
 
 TINY = torch.finfo(torch.float32).tiny
@@ -85,6 +85,16 @@ def quadratic(matrix: Matrix, stats: Stats | None = None, seed: int = 0) -> torc
     return (fisher(matrix) - gradient_of(matrix).mean_OI * matrix.weight_OI).abs()
 
 
+def grasp(matrix: Matrix, stats: Stats | None = None, seed: int = 0) -> torch.Tensor:
+    """w (H g): without what scores lowest, the gradient's norm falls least (GraSP, Wang et al. 2020, eq. 8).
+
+    Of either sign. Deviation: the loss is that of the model itself, not of its logits divided by 200.
+    """
+    turned_OI = gradient_of(matrix).turned_OI
+    assert turned_OI is not None
+    return matrix.weight_OI * turned_OI
+
+
 def gblm(matrix: Matrix, stats: Stats, seed: int = 0) -> torch.Tensor:
     """|w| (||x_j|| + 100 sqrt(sum over sequences of g²)) (Das et al. 2023, "Beyond Size", eq. 4, l2).
 
@@ -141,6 +151,7 @@ SCORES = {
     "fisher": Score(fisher, frozenset({GRADIENTS}), "matrix"),
     "taylor": Score(taylor, frozenset({GRADIENTS}), "matrix"),
     "quadratic": Score(quadratic, frozenset({GRADIENTS}), "matrix"),
+    "grasp": Score(grasp, frozenset({TURNED}), "matrix"),
     "gblm": Score(gblm, frozenset({MOMENTS, GRADIENTS}), "row"),
     "regional": Score(regional, frozenset({MOMENTS, REGIONAL}), "row"),
     "pruner-zero": Score(pruner_zero, frozenset({GRADIENTS}), "row"),

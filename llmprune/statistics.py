@@ -23,7 +23,8 @@ KINDS = frozenset({GRAM, MOMENTS, DRIFT})
 # What is known of the weights themselves, before anything is pruned: gradients (see `types.Gradient`)
 GRADIENTS = "gradients"  # of the loss
 REGIONAL = "regional gradients"  # of the norm of the layer's own output
-OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL})
+TURNED = "gradients and Hessian"  # of the loss, and its Hessian times them
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED})
 
 
 class Stats:

@@ -112,11 +112,13 @@ class Gradient:
     """Gradients of a weight matrix over `samples` sequences, in float32 and of the matrix' own shape.
 
     `mean_OI`: that of the mean over all tokens. `squares_OI`: sum over the sequences of the square of each one's own.
+    `turned_OI`: the Hessian of that mean, for all matrices together, times its gradient; only where it is asked for.
     """
 
     mean_OI: torch.Tensor
     squares_OI: torch.Tensor
     samples: int = 0
+    turned_OI: torch.Tensor | None = None
 
     def add(self, gradient_OI: torch.Tensor, share: float) -> None:
         """Take in a sequence that holds that `share` of all tokens."""

@@ -19,14 +19,18 @@ from llmprune.types import MatrixSpec, RunError, UserError
 REST = "rest"
 
 
-class Weights(Protocol):
-    """Access to a model's weights, a unit at a time."""
+class Loads(Protocol):
+    """Whatever brings in a model's weights, a unit at a time."""
 
     def load(self, unit: Unit, *, dense: bool = False) -> None:
         """Make the parameters of `unit` usable: the finished ones if there are, unless the `dense` are asked for."""
 
     def free(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""
+
+
+class Weights(Loads, Protocol):
+    """Access to a model's weights, a unit at a time, to read and to change them."""
 
     def storage_dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which a parameter is stored, whatever it is computed in."""

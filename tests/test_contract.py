@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from pairwise import pairwise
 
 from llmprune.linalg import scaled
 from llmprune.methods import METHODS, PRESETS, method_class, method_of
@@ -24,11 +25,17 @@ from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern
 NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
 NOT_IDEMPOTENT = {"admm", "alps", "auto"}
+# Its scores are of either sign, so that a weight that is gone, with its 0, is not the lowest.
+NOT_IDEMPOTENT |= {"grasp"}
+# Scores that do not look at the weights choose the mask from before its refinement once more.
+BLIND = {"activation", "random"}
 REFINE = ["none", *REFINEMENTS]
 UPDATE = ["none", *UPDATES]
 BUDGETS = {"0.3": Budget(0.3), "0.7": Budget(0.7)} | {
     text: Budget.of(None, Pattern.parse(text)) for text in ("2:4", "4:8", "1:4")
 }
+STRENGTHS = [0.0, 0.5]
+COMPOSED = pairwise(list(BUDGETS), REFINE, UPDATE, STRENGTHS)
 # What the brute force goes through.
 SMALL = {"0.5": Budget(0.5), "2:4": BUDGETS["2:4"]}
 
@@ -52,6 +59,7 @@ def data(outputs: int, inputs: int, seed: int = 0) -> Data:
     gradient = Gradient(*torch.zeros(2, outputs, inputs))
     for number in range(4):
         gradient.add(normal(outputs, inputs, seed=seed + 5 + number), 0.25)
+    gradient.turned_OI = normal(outputs, inputs, seed=seed + 9)
     return Data(normal(outputs, inputs, seed=seed + 4), stats, gradient)
 
 
@@ -69,8 +77,8 @@ def loss(made: Data, weight_OI: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_composition_keeps_the_contract(name: str) -> None:
     made = data(6, 24)
-    for number, (text, refine, update) in enumerate(product(BUDGETS, REFINE, UPDATE)):
-        budget, strength = BUDGETS[text], 0.5 * (number % 2)
+    for text, refine, update, strength in COMPOSED:
+        budget = BUDGETS[text]
         what = f"{name} {text} {refine} {update} {strength}"
         before_OI = made.weight_OI.clone()
         edit = run(name, made, budget, refine, update, strength)
@@ -100,7 +108,7 @@ def test_at_zero_the_dense_matrix_comes_back(name: str, update: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_IDEMPOTENT])
 def test_pruning_again_keeps_the_mask(name: str) -> None:
     made = data(6, 24)
-    for text, refine, update in product(BUDGETS, REFINE, UPDATE):
+    for text, refine, update in pairwise(list(BUDGETS), ["none"] if name in BLIND else REFINE, UPDATE):
         once = run(name, made, BUDGETS[text], refine, update)
         twice = run(name, made._replace(weight_OI=once.weight_OI), BUDGETS[text], refine, update)
         assert torch.equal(once.pruned_OI, twice.pruned_OI), f"{text} {refine} {update}"

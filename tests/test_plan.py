@@ -264,6 +264,22 @@ def test_global_amounts_are_those_of_sorting_everything(
     assert sum(found) == Budget(sparsity).pruned_of(sum(spec.count for spec in specs))
 
 
+@given(values=st.lists(st.integers(-5, 5), min_size=1, max_size=30), sparsity=st.floats(0, 0.999))
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+def test_global_amounts_take_scores_of_either_sign(values: list[int], sparsity: float) -> None:
+    scores = torch.tensor(values, dtype=torch.float32).mul(0.3)[:, None]
+    specs = [MatrixSpec(str(number), None, 1, 1, False) for number in range(len(values))]
+    parts = list(zip(specs, scores, strict=True))
+    dense = Dense(
+        [[spec] for spec in specs], list, lambda: [(s, one[None]) for s, one in parts], lambda kinds, look: None
+    )
+    budgets = global_score(dense, Budget(sparsity))
+    chosen = [budgets[spec.name].pruned_of(1) for spec in specs]
+    order = sorted(range(len(values)), key=lambda index: values[index])
+    expected = set(order[: Budget(sparsity).pruned_of(len(values))])
+    assert {index for index, one in enumerate(chosen) if one} == expected
+
+
 def test_global_allocation_refuses_a_pattern() -> None:
     dense = dense_of([np.ones((4, 4), dtype=np.float32)])
     with pytest.raises(UserError, match="'global' needs a sparsity: the pattern 2:4"):

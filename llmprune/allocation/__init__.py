@@ -27,7 +27,7 @@ Measure = Callable[[frozenset[str], Callable[[int, Measured], None]], None]
 class Dense:
     """The model before pruning, as an allocator sees it: the chosen matrices by layer, and three ways to read them.
 
-    `scores` is as `weights`, with what each weight matters in place of its value, at least 0.
+    `scores` is as `weights`, with what each weight matters in place of its value.
     """
 
     layers: list[list[MatrixSpec]]

@@ -6,7 +6,9 @@ from llmprune.allocation import Dense
 from llmprune.allocation.fit import fit, refuse_pattern
 from llmprune.types import Budget
 
-RISE = 0.1  # how much sparser the last layer is than the first
+# How much sparser the last layer is than the first: chosen among 0.05, 0.1 and 0.2 with SparseGPT at 70 % on text held
+# out from the calibration text of two small models.
+RISE = 0.05
 
 
 def arithmetic(dense: Dense, budget: Budget) -> dict[str, Budget]:

@@ -15,9 +15,8 @@ def global_score(dense: Dense, budget: Budget) -> dict[str, Budget]:
     """Amounts under which pruning by a score per matrix is pruning by it in the model as a whole.
 
     The score is the method's own where it needs no inputs (magnitude, and those of gradients), else |w|. The k-th
-    smallest is found exactly by radix selection over the float32 bit patterns, whose
-    order is that of the values: two passes over the scores and two histograms, whatever the size
-    of the model. Ties at the threshold go to the matrices in model order. Raises UserError for an
+    smallest is found exactly by radix selection over the float32 bit patterns: two passes over the scores and two
+    histograms, whatever the size of the model. Ties at the threshold go to the matrices in model order. Raises UserError for an
     N:M pattern, which fixes the amount of every matrix.
     """
     refuse_pattern("global", budget)
@@ -38,7 +37,11 @@ def global_score(dense: Dense, budget: Budget) -> dict[str, Budget]:
 
 
 def _bits(score_OI: torch.Tensor) -> torch.Tensor:
-    return score_OI.contiguous().view(torch.int32).reshape(-1)
+    """Integers from 0 to 2^32 - 1 in the order of the scores."""
+    # adding zero makes -0 and 0 one
+    bits = (score_OI.contiguous() + 0.0).view(torch.int32).reshape(-1)
+    # negative floats have the sign bit set, and the larger their size the larger the rest
+    return torch.where(bits < 0, ~(bits & 0x7FFFFFFF), bits).to(torch.int64) + (1 << 31)
 
 
 def _histogram(scores: Values, high: int | None) -> torch.Tensor:

@@ -1,24 +1,19 @@
 """Gradients with respect to the weights, one layer at a time.
 
 Held in memory are one layer with its gradients (three times its weights, in float32), and for gradients of the loss
-what enters every layer for all tokens: tokens x width x layers values in the model's dtype. What was found waits on
-disk, in the system's folder for temporary files: two float32 values a weight.
+what enters every layer for all tokens: tokens x width x layers values in the model's dtype.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from llmprune.engine.trunk import States, Trunk, token_losses
-from llmprune.types import Gradient, MatrixSpec
+from llmprune.types import Gradient
 
 # Sums over the batches for some parameters of a layer, by their names in it.
 Found = dict[str, Gradient]
@@ -28,7 +23,8 @@ def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterato
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
 
     Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
-    and handing the gradient of its input on to the layer below. A batch is one sample g_n (see `Gradient`).
+    and handing the gradient of its input on to the layer below. A batch is one sample (see `Gradient`). Yields while
+    the layer is loaded.
     """
     entered: list[States] = []
     states = trunk.enter()
@@ -49,42 +45,6 @@ def regional_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Ite
         direction = [torch.nn.functional.normalize(one.flatten(), dim=0).view_as(one) for one in after]
         yield index, _backwards(trunk, index, states, direction, parameters[index])[0]
         states = after
-
-
-class Gradients:
-    """Gradients of the matrices of a model's layers, on disk until they are asked for."""
-
-    def __init__(self, trunk: Trunk, specs: Sequence[MatrixSpec], *, regional: bool) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
-        self._samples = len(trunk.batches)
-        self._layer_of = {
-            spec.parameter: index
-            for index, unit in enumerate(trunk.units)
-            for spec in specs
-            if spec.parameter.startswith(unit.prefix)
-        }
-        names: list[list[str]] = [[] for _ in trunk.units]
-        for parameter, index in self._layer_of.items():
-            names[index].append(parameter.removeprefix(trunk.units[index].prefix))
-        for index, found in (regional_gradients if regional else loss_gradients)(trunk, names):
-            prefix = trunk.units[index].prefix
-            tensors = {f"mean.{prefix}{name}": one.mean_OI for name, one in found.items()}
-            tensors |= {f"squares.{prefix}{name}": one.squares_OI for name, one in found.items()}
-            save_file({name: one.contiguous() for name, one in tensors.items()}, self._path(index))
-
-    def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
-        """Those of one matrix, outputs x inputs."""
-        with safe_open(self._path(self._layer_of[spec.parameter]), framework="pt") as file:
-
-            def read(what: str) -> torch.Tensor:
-                name = f"{what}.{spec.parameter}"
-                stored: torch.Tensor = file.get_tensor(name) if spec.index is None else file.get_slice(name)[spec.index]
-                return (stored.T if spec.transposed else stored).to(device)
-
-            return Gradient(read("mean"), read("squares"), self._samples)
-
-    def _path(self, layer: int) -> Path:
-        return Path(self._folder.name) / f"{layer}.safetensors"
 
 
 def saliency(trunk: Trunk) -> list[float]:
@@ -118,12 +78,9 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
     module = trunk.units[index].module
     parameters = {name: module.get_parameter(name) for name in names}
     found = {name: _none(one) for name, one in parameters.items()}
-    flags = {name: one.requires_grad for name, one in parameters.items()}
     counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
     below: States = []
-    try:
-        for one in parameters.values():
-            one.requires_grad_(True)
+    with differentiated(list(parameters.values())):
         for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
             with torch.enable_grad():
                 leaf = state.detach().requires_grad_()
@@ -134,9 +91,6 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     found[name].add(gradient, counts[number] / sum(counts))
-    finally:
-        for name, one in parameters.items():
-            one.requires_grad_(flags[name])
     return found, below
 
 

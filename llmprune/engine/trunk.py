@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit
 from llmprune.types import RunError
-from llmprune.weights import Weights
+from llmprune.weights import Loads
 
 # The hidden states of a variant of the model, one tensor (sequences x tokens x width) a batch.
 States = list[torch.Tensor]
@@ -37,7 +37,7 @@ class Trunk:
     """
 
     def __init__(
-        self, model: PreTrainedModel, units: list[Unit], batches: list[dict[str, torch.Tensor]], weights: Weights
+        self, model: PreTrainedModel, units: list[Unit], batches: list[dict[str, torch.Tensor]], weights: Loads
     ) -> None:
         self.model, self.units, self.batches = model, units, batches
         self._weights = weights

@@ -9,16 +9,22 @@ from typing import ClassVar
 import torch
 
 from llmprune.linalg import Scaled
+from llmprune.solvers.dsnot import CYCLES, THRESHOLD, dsnot
 from llmprune.solvers.least_squares import least_squares
 from llmprune.solvers.retarget import retarget
 from llmprune.solvers.subsets import exact
 from llmprune.solvers.swaps import swaps
 from llmprune.solvers.sweep import sweep_mask
-from llmprune.statistics import DRIFT, GRAM, Stats
+from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
 from llmprune.types import Budget, Edit, Matrix, Method
 
-# mask O x I, from the target weights, a mask, the Gram matrix and the budget
-REFINEMENTS: dict[str, Callable[[torch.Tensor, torch.Tensor, Scaled, Budget], torch.Tensor]] = {"swaps": swaps}
+# mask O x I, from the target weights, a mask, the statistics, their scaled Gram matrix and the budget
+REFINEMENTS: dict[str, Callable[[torch.Tensor, torch.Tensor, Stats, Scaled, Budget], torch.Tensor]] = {
+    "swaps": lambda target_OI, pruned_OI, stats, system, budget: swaps(target_OI, pruned_OI, system, budget),
+    "dsnot": lambda target_OI, pruned_OI, stats, system, budget: dsnot(
+        target_OI, pruned_OI, stats, budget.pattern, cycles=CYCLES, threshold=THRESHOLD
+    ),
+}
 # weights O x I, from the target weights, the final mask, the Gram matrix and the method's own weights
 UPDATES: dict[str, Callable[[torch.Tensor, torch.Tensor, Scaled, torch.Tensor], torch.Tensor]] = {
     "least-squares": lambda target_OI, pruned_OI, system, start_OI: least_squares(
@@ -47,7 +53,8 @@ class Composed:
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.method.needs | {GRAM} | ({DRIFT} if self.retarget else frozenset())
+        means = {MOMENTS} if self.refine == "dsnot" else frozenset()
+        return self.method.needs | {GRAM} | means | ({DRIFT} if self.retarget else frozenset())
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -74,7 +81,7 @@ class Composed:
         edit = self.method.solve(replace(matrix, weight_OI=target_OI), stats, budget)
         weight_OI, pruned_OI = edit.weight_OI, edit.pruned_OI
         if self.refine:
-            pruned_OI = REFINEMENTS[self.refine](target_OI, pruned_OI, system, budget)
+            pruned_OI = REFINEMENTS[self.refine](target_OI, pruned_OI, stats, system, budget)
             weight_OI = torch.where(edit.pruned_OI, target_OI, weight_OI).masked_fill(pruned_OI, 0)
         if self.update:
             weight_OI = UPDATES[self.update](target_OI, pruned_OI, system, weight_OI).masked_fill(pruned_OI, 0)

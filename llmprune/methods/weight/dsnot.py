@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmprune.methods.weight.scored import Scored
-from llmprune.solvers.dsnot import dsnot
+from llmprune.solvers.dsnot import CYCLES, THRESHOLD, dsnot
 from llmprune.statistics import MOMENTS, Stats
 from llmprune.types import Budget, Edit, Matrix
 
@@ -21,8 +21,8 @@ class Dsnot:
     """
 
     score: str = "wanda"
-    cycles: int = 50
-    threshold: float = 0.1 / 2048
+    cycles: int = CYCLES
+    threshold: float = THRESHOLD
     seed: int = 0
 
     kind: ClassVar[str] = "weight"
