@@ -186,3 +186,21 @@ def test_default_config_of_llama_is_kept_where_the_heads_divide(tmp_path: Path) 
     result = prune(model, "group-obs", ratio=0.4)
     assert result.model is model and model.config.num_attention_heads == 2
     assert model.config.model_type == "llama"
+
+
+def test_check_needs_the_configuration_alone(tmp_path: Path) -> None:
+    tiny.TINY["llama"].save_pretrained(tmp_path)
+    done = runner.cli("check", tmp_path, "--ratio", "0.3", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    rows = {row["name"]: row for row in found["methods"]}
+    assert set(rows) >= set(METHODS)
+    report = prune(tiny.build("llama"), "wanda-sp", ratio=0.3).report
+    assert rows["wanda-sp"]["params_after"] == report["totals"]["params_after"]
+    assert rows["wanda-sp"]["output"] == "plain (mistral)"
+    assert not rows["flap"]["can"] and "attention_bias" in rows["flap"]["why"]
+    assert not rows["reap"]["can"] and rows["shortgpt"]["what"] == "3 layers"
+    unknown = tiny.save("mamba", tmp_path / "mamba")
+    rows = {row["name"]: row for row in json.loads(runner.cli("check", unknown, "--json").out)["methods"]}
+    assert "not known" in rows["group-obs"]["why"] and rows["wanda"]["can"]
+    assert "no: the model has no experts" in " ".join(runner.cli("check", unknown).out.split())

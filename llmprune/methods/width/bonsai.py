@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.checkpoint.slicing import Place
 from llmprune.engine.gates import check_gates, gated
 from llmprune.engine.trunk import Trunk, token_losses
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
+from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.methods.width.minitron import Minitron
-from llmprune.methods.width.sequential import Way, given, lowest, narrow, scores_of
+from llmprune.methods.width.sequential import UnitMethod, Way, given, lowest, narrow, scores_of
 from llmprune.solvers.groups import ridge
 from llmprune.statistics import MOMENTS
 from llmprune.types import UserError
 
 
 @dataclass(frozen=True)
-class Bonsai:
+class Bonsai(UnitMethod):
     """Switch off random halves of the least active units, and regress the loss on which were off.
 
     Dery et al. 2024, "Everybody Prune Now: Structured Pruning of LLMs with only Forward Passes", section 3. Candidates
@@ -36,23 +37,20 @@ class Bonsai:
     seed: int = 0
     compensate: str = "none"
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2402.05406"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = "the model, forward only"
 
     def __post_init__(self) -> None:
         if self.masks < 2 or self.masks % 2:
             raise ValueError(f"masks {self.masks} must be even and at least 2: they come in complementary pairs")
-        Way(None, self.compensate)
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        check_gates(trunk.model, asked.units.values())
+    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
+        super().check(model, asked)
+        check_gates(model, asked.units.values())
         if asked.scored:
             raise UserError("bonsai needs to know how many units of each layer go; use allocation=uniform or rising")
+
+    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
         prior = scores_of(trunk, asked, Way(Minitron().score, kinds=frozenset({MOMENTS})))
         return narrow(trunk, asked, Way(given(self._scores(trunk, asked, prior)), self.compensate))
 

@@ -9,13 +9,13 @@ import torch
 
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.methods.width.sequential import HEADS, Way, narrow
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.sequential import HEADS, UnitMethod, Way, narrow
 from llmprune.statistics import MOMENTS
 
 
 @dataclass(frozen=True)
-class FLAP:
+class FLAP(UnitMethod):
     """The score of an input j of o or down is Var(x_j) |W_:j|^2, squared in attention; of a unit the mean over its inputs.
 
     An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models", eq. 5 to 8. Statistics are
@@ -27,16 +27,8 @@ class FLAP:
 
     compensate: str = "bias"
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2312.11983"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = "one layer"
-
-    def __post_init__(self) -> None:
-        self._way()
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
         return narrow(trunk, asked, self._way())

@@ -11,14 +11,14 @@ from torch import nn
 from llmprune.engine.gradients import backward, differentiated, sequences
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import evidences
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.methods.width.sequential import Way, given, narrow
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.sequential import UnitMethod, Way, given, narrow
 
 SQUARES = ("second", "mixed")
 
 
 @dataclass(frozen=True)
-class LLMPruner:
+class LLMPruner(UnitMethod):
     """The units whose removal changes the loss least, to first or second order in the weights.
 
     Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", eq. 3 to 5. With g the gradient of
@@ -32,12 +32,7 @@ class LLMPruner:
     taylor: str = "first"
     compensate: str = "none"
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2305.11627"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = (
         "the model, the gradients of its layers, for taylor=second and mixed their squares in float32 too, and the "
         "activations of one batch"
@@ -46,7 +41,6 @@ class LLMPruner:
     def __post_init__(self) -> None:
         if self.taylor not in ("vector", "first", *SQUARES):
             raise ValueError(f"taylor {self.taylor!r} is none of vector, first, second, mixed")
-        Way(None, self.compensate)
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
         return narrow(trunk, asked, Way(given(self.scores(trunk, asked)), self.compensate))

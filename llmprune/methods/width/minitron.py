@@ -9,13 +9,13 @@ import torch
 
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.methods.width.sequential import Way, narrow
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.sequential import UnitMethod, Way, narrow
 from llmprune.statistics import MOMENTS
 
 
 @dataclass(frozen=True)
-class Minitron:
+class Minitron(UnitMethod):
     """The score of a unit is the root mean square of what it puts out over all calibration tokens of the dense model.
 
     Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2. The paper
@@ -27,16 +27,8 @@ class Minitron:
 
     compensate: str = "none"
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2407.14679"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = "one layer, and with compensation the new o and down matrices of all layers"
-
-    def __post_init__(self) -> None:
-        self._way()
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
         return narrow(trunk, asked, self._way())

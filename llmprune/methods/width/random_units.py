@@ -10,21 +10,17 @@ import torch
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
 from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import Way, narrow
+from llmprune.methods.width.sequential import UnitMethod, Way, narrow
 
 
 @dataclass(frozen=True)
-class RandomUnits:
+class RandomUnits(UnitMethod):
     """Units are drawn with `seed`, in every layer anew."""
 
     seed: int = 0
 
-    kind: ClassVar[str] = "width"
     needs: ClassVar[frozenset[str]] = frozenset()
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = ""
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = "one layer"
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Weight
 from llmprune.arch.units import KV_GROUP, QUERY_HEAD
@@ -14,10 +15,11 @@ from llmprune.checkpoint.slicing import Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
-from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.structural import TEXT, Narrow, Narrowed
 from llmprune.solvers.groups import damped, eliminate, fold, mean_fold
 from llmprune.solvers.retarget import retarget
 from llmprune.statistics import DRIFT, GRAM, MOMENTS
+from llmprune.types import UserError
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
@@ -42,10 +44,6 @@ class Way:
     aim: float = 0.0
     kinds: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        if self.compensate not in COMPENSATIONS:
-            raise ValueError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
-
     @property
     def reads(self) -> frozenset[str]:
         """The statistics that are needed."""
@@ -54,11 +52,27 @@ class Way:
         return self.kinds | {kind for kind, wanted in extra.items() if wanted}
 
 
+class UnitMethod:
+    """What width methods have in common."""
+
+    kind: ClassVar[str] = "width"
+    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
+    patterns: ClassVar[tuple[str, ...]] = ()
+    output: ClassVar[str] = "plain"
+    takes_list: ClassVar[bool] = False
+    compensate: str = "none"
+
+    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
+        """Whether the method can handle a model; raises UserError. Reads no weights."""
+        if self.compensate not in COMPENSATIONS:
+            raise UserError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
+        if self.compensate == "bias":
+            writers = _writers(asked, list(asked.units))
+            asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
+
+
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
-    if way.compensate == "bias":
-        writers = _writers(asked, list(asked.units))
-        asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
     counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
     found = Narrowed({place: [] for place in asked.units})
     states = trunk.enter() if way.reads else []
