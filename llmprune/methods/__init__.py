@@ -72,6 +72,10 @@ PRESETS = {
     "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
     "activation": Preset("scored", options={"score": "activation"}),
+    "ziplm": Preset("group-obs", options={"stream": "dense"}),
+    "slimgpt": Preset("group-obs", paper="arXiv:2412.18110"),
+    "osscar": Preset("group-obs", paper="arXiv:2403.12983"),
+    "mini-gpts": Preset("minitron", paper="arXiv:2312.12682"),
     "random": Preset("scored", options={"score": "random"}),
 }
 
