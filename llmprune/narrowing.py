@@ -21,7 +21,7 @@ class Narrowing(Restructuring):
     """A checked recipe of a width method. As for `Job`, creating one writes nothing."""
 
     def _check_amount(self) -> None:
-        self._refuse(("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
+        self._refuse(("drop_layers", "drop_experts", "layout", *WEIGHT_KEYS), "takes out heads and channels")
         check_width(self.recipe)
 
     def _make_plan(self) -> Plan:

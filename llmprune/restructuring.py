@@ -6,6 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
-from llmprune.arch.sublayers import halves
-from llmprune.checkpoint.layer_lists import expert_groups, refuse_shared_layers
-from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
+from llmprune.checkpoint.remote import FILE, add_code, add_entries
+from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
 from llmprune.checkpoint.verify import verify
+from llmprune.engine.absent import entries_for, modules_of, zeros_for
+from llmprune.engine.search import run_without
 from llmprune.engine.trunk import Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
@@ -29,6 +32,10 @@ from llmprune.result import Result
 from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
 
+ZEROS = (
+    "no plain model class has layers without attention or MLP: where only one half goes, its last matrix is filled "
+    "with zeros, which is exact but not smaller; layout=remote-code really leaves it out"
+)
 # Recipe keys that say which weights become zero: they mean nothing here.
 WEIGHT_KEYS = (
     *("sparsity", "pattern", "targets", "ignore", "overrides"),
@@ -131,9 +138,12 @@ class Restructuring(Job):
             reporter.warn(text)
         weights = self._weights(writing=True)
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
+        if self.recipe.layout == "remote-code":
+            reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
             decision = self.method.decide(trunk, self._asked)
+            self._lay_out(decision, weights)
         reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
             self._cut_in_place()
@@ -150,6 +160,17 @@ class Restructuring(Job):
 
     # Parts of a run.
 
+    def _lay_out(self, decision: Decision, weights: Streamed | Resident) -> None:
+        """Say how halves that put out nothing are stored: left out by an entry for the layer, or filled with zeros."""
+        surgery = decision.surgery
+        if self.recipe.layout == "remote-code":
+            ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+            trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+            decision.surgery = replace(surgery, entries=entries_for(trunk, surgery.silent))
+        elif surgery.silent:
+            decision.notes["halves"] = ZEROS
+            decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
+
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
         self._decision = decision
@@ -165,7 +186,13 @@ class Restructuring(Job):
     def _cutter(self, surgery: Surgery) -> tuple[Any, PreTrainedModel, Cutter]:
         """The new configuration, an empty model of it, and the edit; raises UserError."""
         config, new = self._built(edited_config(self.model, self._source_config(), surgery))
-        return config, new, Cutter(self.model, new, surgery)
+        cutter = Cutter(self.model, new, surgery)
+        if surgery.entries:
+            placed = [surgery.entries.get(index, {}) for index in surgery.layers]
+            rebuild_layers(new, cutter.path, placed)
+            for one in (config, new.config):
+                add_entries(one, cutter.path, placed)
+        return config, new, cutter
 
     def _source_config(self) -> Any:
         """The configuration as it was read: the one that built the model has had its dtype set."""
@@ -230,6 +257,8 @@ class Restructuring(Job):
         super()._add_files(folder)
         if self.folder is not None:
             self._new_config.save_pretrained(folder)
+            if hasattr(self._new_config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
         unused = weights.unused if isinstance(weights, Streamed) else []
@@ -260,13 +289,14 @@ class Restructuring(Job):
             states = trunk.enter()
             for index in self._layers():
                 unit = self.plan.units[index]
+                gone = {(index, half) for half in self._decision.surgery.silent.get(index, ())}
                 with trunk.loaded(index):
                     changed = {
                         name.removeprefix(unit.prefix): value.to(self.device, self.dtype)
                         for name, value in self._changed(weights, index).items()
                     }
                     with holding(unit.module, changed):
-                        states = trunk.run(index, states)
+                        states = run_without(trunk, index, states, gone)
             return trunk.logits(0, states[0])
 
     def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
@@ -287,6 +317,7 @@ class Restructuring(Job):
             **self._describe_run(memory, started),
             "tensors": [],
             "left_alone": left_alone,
+            "layout": "remote-code" if hasattr(self._new_config, "pruned_layers") else "plain",
             "structure": {"kind": self.method.kind, **structure},
             "totals": {**self._totals, "zeros": zeros},
             "warnings": [*(self.tokens.warnings if self.tokens else ()), *self._warnings()],
@@ -314,19 +345,6 @@ def _units(kind: str) -> str:
     return "layers" if kind == "depth" else "experts"
 
 
-def layer_of_keys(feeds: dict[str, str], prefixes: list[str], keys: list[str]) -> dict[str, int]:
-    """Which layer every tensor of the checkpoint belongs to, those that the model does not use included."""
-    starts: dict[str, int] = {}
-    for key, name in feeds.items():
-        for index, prefix in enumerate(prefixes):
-            if name.startswith(prefix):
-                parts = key.split(".")
-                number = next((place for place, part in enumerate(parts) if part == str(index)), None)
-                if number is not None:
-                    starts[".".join(parts[: number + 1]) + "."] = index
-    return {key: index for key in keys for start, index in starts.items() if key.startswith(start)}
-
-
 def count(model: PreTrainedModel) -> int:
     tied = model.all_tied_weights_keys
     return sum(one.numel() for name, one in model.named_parameters() if name not in tied)
@@ -341,10 +359,12 @@ def _row(key: Any, score: float, surgery: Surgery, plan: Plan, cutter: Cutter) -
         name, dropped = f"{unit.name} expert {part}", part not in surgery.experts[index]
         saved = cutter.saved(index)
     elif part is not None:
-        # a half that goes alone is filled with zeros, which saves nothing
         name = f"{unit.name} {part}"
-        zeros = [unit.prefix + one for one in halves(unit.module)[part].parameters]
-        dropped = dropped or all(one in surgery.replaced for one in zeros)
+        dropped = dropped or part in surgery.silent.get(index, ())
+        # a half that is filled with zeros saves nothing
+        if index in surgery.dropped or not surgery.replaced:
+            modules = [unit.module.get_submodule(one) for one in modules_of(unit.module, part)]
+            saved = sum(one.numel() for module in modules for one in module.parameters())
     elif dropped:
         saved = sum(one.numel() for one in unit.module.parameters())
     return {"name": name, "score": score, "dropped": dropped, "saved": saved if dropped else 0}

@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,21 +21,30 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-)
+from transformers.models.auto import modeling_auto as auto
 
+from llmprune.checkpoint.modeling_pruned import rebuild
+from llmprune.checkpoint.remote import trusted
 from llmprune.checkpoint.source import Checkpoint
 from llmprune.types import RunError, UserError
+
+CAUSAL, MASKED = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+# Types with a class for causal language modelling that is half of something else: these, and a few that no
+# mapping of transformers tells apart.
+HALVES = {
+    *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    *auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+    *("moshi", "trocr", "gemma4_assistant", "gemma4_unified_assistant"),
+}
+# Types without a mapping for masked language models whose tokens see each other all the same.
+UNORDERED = {*MASKED, "bert-generation", "xlnet"}
 
 
 def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     """Read and check a model's configuration; raises UserError for what cannot be pruned."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         text = str(error).strip()
         if "trust_remote_code" in text:
@@ -64,7 +74,12 @@ def check_config(config: Any, where: str) -> None:
     if not remote and kind not in CAUSAL:
         raise UserError(f"{where} is a {kind!r} model, which transformers has no causal language model class for")
     headless = architectures and not any(name in _causal_names(kind) for name in architectures)
-    if kind in MASKED and not getattr(config, "is_decoder", False) and (headless or not architectures):
+    if kind in HALVES:
+        raise UserError(
+            f"{where} is a part of an encoder-decoder, speech or drafting model ({kind}); llmprune prunes "
+            "decoder-only language models, which stand alone"
+        )
+    if kind in UNORDERED and not getattr(config, "is_decoder", False):
         raise UserError(f"{where} is an encoder-only model ({kind}); llmprune prunes decoder-only language models")
     if not remote and headless and any("MaskedLM" in name or "Classification" in name for name in architectures):
         raise UserError(f"{where} holds a {architectures[0]}, not a causal language model")
@@ -103,11 +118,32 @@ def build_skeleton(
 
     `experts_one_by_one`: use the library's eager implementation of experts, so that every product is seen.
     """
+    trust = trusted(config.name_or_path, trust_remote_code)
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        if hasattr(config, "pruned_layers") and "auto_map" not in vars(config):
+            # cut in memory, so its class does not know how to rebuild itself
+            rebuild(model, config.pruned_path, config.pruned_layers)
     if experts_one_by_one:
         _set_experts_implementation(model, dict.fromkeys(_expert_configs(model), "eager"))
     return model.eval().requires_grad_(False)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a folder with its weights, and what transformers says of the loading."""
+    with quiet_loader():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trusted(folder, trust_remote_code), output_loading_info=True
+        )
+    return model, info
+
+
+def rebuild_layers(model: PreTrainedModel, path: str, entries: list[dict[str, Any]]) -> None:
+    """Change the layers of a model without weights as `modeling_pruned` will when the checkpoint is loaded."""
+    with _parameters_on_meta():
+        rebuild(model, path, entries)
 
 
 @contextlib.contextmanager
