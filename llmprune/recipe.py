@@ -144,7 +144,7 @@ class Recipe(Strict):
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
             if data.get("ratio") is not None or data.get("params") is not None:
-                return {**data, "method": "group-obs"}
+                return {"allocation": "balanced", **data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:
@@ -242,7 +242,7 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "width", "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:

@@ -6,41 +6,31 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.engine.gates import check_gates, gated
 from llmprune.engine.gradients import backward
 from llmprune.engine.trunk import Trunk
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.methods.width.sequential import Way, given, narrow
+from llmprune.methods.structural import Narrow
+from llmprune.methods.width.sequential import ModelScores
 
 
 @dataclass(frozen=True)
-class GroupFisher:
+class GroupFisher(ModelScores):
     """The score of a unit is the sum over sequences of (dL / dm)^2, m being a factor on what it puts out.
 
     Liu et al. 2021, "Group Fisher Pruning for Practical Network Compression", eq. 4: the diagonal of the Fisher matrix of
     the gates; also the first step of Kwon et al. 2022, whose mask tuning is `compensate=least-squares`.
     """
 
-    compensate: str = "none"
-
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2108.00708"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = "the model, and the activations of one batch in all layers; no gradients of weights"
 
-    def __post_init__(self) -> None:
-        Way(None, self.compensate)
-
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        check_gates(trunk.model, asked.units.values())
-        return narrow(trunk, asked, Way(given(self.scores(trunk, asked)), self.compensate))
+    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
+        super().check(model, asked)
+        check_gates(model, asked.units.values())
 
     def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        """The score of every unit, by place."""
         total = {place: torch.zeros(one.count, dtype=torch.float64) for place, one in asked.units.items()}
         with trunk.loaded(*range(trunk.depth)):
             for batch in trunk.batches:
