@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, spread_of
 from llmprune.arch.discover import find_units as find_layers
@@ -15,6 +14,7 @@ from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, f
 from llmprune.checkpoint.narrow import Room, check_shapes, narrow_config, with_biases
 from llmprune.checkpoint.slicing import Place, Slicing
 from llmprune.checkpoint.surgery import graft
+from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
 from llmprune.recipe import nearest
@@ -120,6 +120,10 @@ class Narrowing(Restructuring):
 
     # Parts of a run.
 
+    def _decide(self, trunk: Trunk, weights: Streamed | Resident) -> Narrowed:
+        narrowed: Narrowed = self.method.decide(trunk, self._asked)
+        return narrowed
+
     def _settle(self, decision: Any) -> str:
         self._narrowed: Narrowed = decision
         self._slicing = self._sliced(decision.removed)
@@ -216,5 +220,3 @@ class Narrowing(Restructuring):
             each = one.strata if one.stacked else 1
             kept.setdefault(one.kind, []).append((one.count - len(self._slicing.removed[place])) // each)
         return {kind: counts if len(set(counts)) > 1 else counts[:1] for kind, counts in kept.items()}
-
-

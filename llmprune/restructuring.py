@@ -142,8 +142,7 @@ class Restructuring(Job):
             reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
-            decision = self.method.decide(trunk, self._asked)
-            self._lay_out(decision, weights)
+            decision = self._decide(trunk, weights)
         reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
             self._cut_in_place()
@@ -160,16 +159,18 @@ class Restructuring(Job):
 
     # Parts of a run.
 
-    def _lay_out(self, decision: Decision, weights: Streamed | Resident) -> None:
-        """Say how halves that put out nothing are stored: left out by an entry for the layer, or filled with zeros."""
+    def _decide(self, trunk: Trunk, weights: Streamed | Resident) -> Any:
+        """What the method says; halves that put out nothing are left out by an entry, or filled with zeros."""
+        decision: Decision = self.method.decide(trunk, self._asked)
         surgery = decision.surgery
         if self.recipe.layout == "remote-code":
             ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-            trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
-            decision.surgery = replace(surgery, entries=entries_for(trunk, surgery.silent))
+            short = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+            decision.surgery = replace(surgery, entries=entries_for(short, surgery.silent))
         elif surgery.silent:
             decision.notes["halves"] = ZEROS
             decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
+        return decision
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
@@ -218,6 +219,7 @@ class Restructuring(Job):
         if REST not in self.output.records:
             outside = [key for key in self.checkpoint.entries if key not in owner]
             rest = {key: self._outside(feeds.get(key, key), self.checkpoint.tensor(key)) for key in outside}
+            rest |= self._beside(weights)
             self.output.write(REST, (1, files), rest, {"decided": decided})
         if self.output.records[REST]["decided"] != decided:
             raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
@@ -240,6 +242,10 @@ class Restructuring(Job):
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         """What becomes of a tensor outside the layers."""
         return tensor
+
+    def _beside(self, weights: Streamed) -> dict[str, torch.Tensor]:
+        """Tensors outside the layers that the old model did not have."""
+        return {}
 
     def _inside(
         self, weights: Streamed, index: int, feeds: dict[str, str], unused: list[str]

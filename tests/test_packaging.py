@@ -43,6 +43,7 @@ LAYERS = {
     "pipeline": 4,
     "job": 5,
     "restructuring": 5,
+    "rotating": 5,
     "narrowing": 5,
     "stages": 6,
     "inspection": 5,

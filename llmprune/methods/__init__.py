@@ -39,6 +39,7 @@ METHODS = {
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
     "expert-subset": "llmprune.methods.expert.subset:ExpertSubset",
+    "slicegpt": "llmprune.methods.width.slicegpt:SliceGPT",
     "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
 }
 
