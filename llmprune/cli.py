@@ -15,6 +15,7 @@ from rich.table import Table
 
 from llmprune.commands import AsJson, Model, Quiet, Trust
 from llmprune.commands.bench import bench
+from llmprune.commands.check import check
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
 from llmprune.commands.report import report
@@ -33,6 +34,7 @@ NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dr
 
 app.command("eval")(evaluate)
 app.command()(bench)
+app.command()(check)
 app.command()(push)
 app.command()(report)
 
@@ -198,6 +200,8 @@ def _show_plan(report: dict[str, Any]) -> None:
     if "structure" in report:
         structure = report["structure"]
         print(f"a {structure['kind']} method on {structure['units']} layers; it holds {structure['memory']}")
+        if "widths" in structure:
+            print(f"{_widths(structure)}; the model would have {totals['params_after']:,} parameters")
         return
     table = Table("matrix", "shape", "zeros")
     for row in report["tensors"]:
@@ -226,10 +230,17 @@ def _achieved(report: dict[str, Any]) -> str:
         zeros = f", of which {totals['zeros']:,} are zero" if totals["zeros"] else ""
         gone = report["structure"]["dropped"]
         layers = f"layers {', '.join(map(str, gone['layers']))} left out, " if gone["layers"] else ""
+        layers += f"{_widths(report['structure'])}, " if "widths" in report["structure"] else ""
         return f"{layers}{after:,} of {before:,} parameters stay ({after / before:.1%}){zeros}"
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     zeros = f"{totals['zeros']:,} of their {weights:,} weights are zero ({totals['zeros'] / weights:.1%})"
     return f"{len(rows)} matrices pruned, {zeros}"
+
+
+def _widths(structure: dict[str, Any]) -> str:
+    """How many units of each kind stay in a layer."""
+    parts = [f"{kind}s {'/'.join(map(str, counts))}" for kind, counts in structure["widths"].items()]
+    return f"{' and '.join(parts)} a layer"
 
 
 def _fail(code: int, text: str) -> NoReturn:

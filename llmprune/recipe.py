@@ -138,7 +138,7 @@ class Recipe(_Strict):
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
             if data.get("ratio") is not None or data.get("params") is not None:
-                return {**data, "method": "group-obs"}
+                return {"allocation": "balanced", **data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:

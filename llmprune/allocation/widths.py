@@ -38,8 +38,10 @@ class Demand:
         """The fraction of the units' parameters that goes."""
         return self.parameters / sum(one.cost * one.count for one in self.units.values())
 
-    def cost(self, counts: Mapping[Place, int]) -> int:
-        return sum(one.cost * counts[place] for place, one in self.units.items())
+    def may_stay(self, place: Place) -> list[int]:
+        """The numbers of heads that may stay in a layer (in each of its strata), all of them included."""
+        size = self.units[place].size
+        return sorted({*(one for one in self.heads if one <= size), size}) if place[1] in HEADS else []
 
 
 Scores = Mapping[Place, torch.Tensor]
@@ -48,6 +50,25 @@ Scores = Mapping[Place, torch.Tensor]
 def uniform(demand: Demand, scores: Scores) -> dict[Place, int]:
     """The same number of heads and of channels in every layer: about equal shares of both, the channels making up."""
     return _completed(demand, dict.fromkeys(demand.units, demand.share))
+
+
+def balanced(demand: Demand, scores: Scores) -> dict[Place, int]:
+    """As uniform, but the number of heads is the one that costs least: the sum of the scores of what goes is lowest.
+
+    The scores of a layer are taken relative to their sum. They must be of one measure for heads and channels, such as
+    the squared error in what the layer writes.
+    """
+    even = dict.fromkeys(demand.units, demand.share)
+    numbers = sorted({one for place in demand.units for one in demand.may_stay(place)}, reverse=True)
+    choices = []
+    for left in numbers or [0]:
+        heads = {place: _nearest(demand.may_stay(place), left, 0) for place in demand.units if place[1] in HEADS}
+        counts = _filled(demand, heads, even)
+        if counts is not None:
+            choices.append((_lost(demand, scores, counts), counts))
+    if not choices:
+        raise _too_much(demand)
+    return min(choices, key=lambda one: one[0])[1]
 
 
 def rising(demand: Demand, scores: Scores) -> dict[Place, int]:
@@ -89,7 +110,12 @@ class Entry(NamedTuple):
     scored: bool = False
 
 
-SPREADS = {"uniform": Entry(uniform), "rising": Entry(rising), "pooled": Entry(pooled, scored=True)}
+SPREADS = {
+    "uniform": Entry(uniform),
+    "balanced": Entry(balanced, scored=True),
+    "rising": Entry(rising),
+    "pooled": Entry(pooled, scored=True),
+}
 
 
 def spread_of(name: str) -> Entry:
@@ -101,32 +127,53 @@ def spread_of(name: str) -> Entry:
 
 def _completed(demand: Demand, shares: Mapping[Place, float]) -> dict[Place, int]:
     """Heads nearest to their share of what may stay, then as few channels less as give what is asked in all."""
-    heads = {place: one for place, one in demand.units.items() if place[1] in HEADS}
-    rest = {place: one for place, one in demand.units.items() if place not in heads}
-    for extra in range(len(demand.heads) + 1):
-        counts = {place: _heads_gone(demand, one, shares[place], extra) for place, one in heads.items()}
-        missing = demand.parameters - sum(one.cost * counts[place] for place, one in heads.items())
-        if missing <= 0:
-            return {**dict.fromkeys(rest, 0), **counts}
-        weight = sum(shares[place] * one.cost * one.count for place, one in rest.items())
-        found = {place: _channels_gone(demand, one, shares[place] * missing / weight) for place, one in rest.items()}
-        if rest and all(count is not None for count in found.values()):
-            return {**counts, **{place: count for place, count in found.items() if count is not None}}
+    allowed = sorted({one for place in demand.units for one in demand.may_stay(place)})
+    for extra in range(len(allowed) + 1):
+        heads = {
+            place: _nearest(demand.may_stay(place), (1 - shares[place]) * one.size, extra)
+            for place, one in demand.units.items()
+            if place[1] in HEADS
+        }
+        found = _filled(demand, heads, shares)
+        if found is not None:
+            return found
     raise _too_much(demand)
 
 
-def _heads_gone(demand: Demand, units: Units, share: float, extra: int) -> int:
-    """How many heads go: so that the number nearest to the share stays, or `extra` allowed numbers fewer."""
-    allowed = sorted({one for one in (*demand.heads, units.size) if 0 < one <= units.size})
-    best = min(range(len(allowed)), key=lambda at: (abs(allowed[at] - (1 - share) * units.size), -allowed[at]))
-    return (units.size - allowed[max(best - extra, 0)]) * units.strata
+def _filled(demand: Demand, heads: Mapping[Place, int], shares: Mapping[Place, float]) -> dict[Place, int] | None:
+    """How many units go if these numbers of heads stay and channels give the rest by their shares; None if they cannot."""
+    counts = {place: (demand.units[place].size - left) * demand.units[place].strata for place, left in heads.items()}
+    missing = demand.parameters - sum(demand.units[place].cost * count for place, count in counts.items())
+    rest = {place: one for place, one in demand.units.items() if place not in heads}
+    whole = sum(shares[place] * one.cost * one.count for place, one in rest.items())
+    if missing > 0 and not rest:
+        return None
+    for place, one in rest.items():
+        share = max(shares[place] * missing / whole, 0.0)
+        # what rounding leaves above a multiple is none
+        left = math.floor((1 - share) * one.size / demand.step + 1e-9) * demand.step if share else one.size
+        if left <= 0:
+            return None
+        counts[place] = (one.size - left) * one.strata
+    return counts
 
 
-def _channels_gone(demand: Demand, units: Units, share: float) -> int | None:
-    """How many channels go for at least a share of them; None if none would stay."""
-    # a hair above what is asked is rounding
-    left = math.floor((1 - share) * units.size / demand.step + 1e-9) * demand.step
-    return (units.size - left) * units.strata if left > 0 else None
+def _nearest(allowed: Sequence[int], wanted: float, extra: int) -> int:
+    """The allowed number nearest to what is wanted (of two the larger), or `extra` allowed numbers below it."""
+    best = min(range(len(allowed)), key=lambda at: (abs(allowed[at] - wanted), -allowed[at]))
+    return allowed[max(best - extra, 0)]
+
+
+def _lost(demand: Demand, scores: Scores, counts: Mapping[Place, int]) -> float:
+    """The scores of what goes, relative to those of all units of the layer."""
+    whole: dict[int | None, float] = {}
+    lost: dict[int | None, float] = {}
+    for place, one in demand.units.items():
+        sorted_SU = scores[place].double().view(one.strata, -1).sort(dim=1).values
+        whole[place[0]] = whole.get(place[0], 0.0) + float(sorted_SU.sum())
+        gone = float(sorted_SU[:, : counts[place] // one.strata].sum())
+        lost[place[0]] = lost.get(place[0], 0.0) + gone
+    return sum(lost[layer] / whole[layer] for layer in whole if whole[layer] > 0)
 
 
 def _standardised(score_U: torch.Tensor) -> torch.Tensor:

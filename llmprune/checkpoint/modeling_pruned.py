@@ -6,7 +6,8 @@ one entry a decoder layer, says how each layer differs. The keys of an entry:
 `config`: keys of the configuration that have other values in this layer (heads, widths); the layer's own class builds
 it anew with them. `absent`: modules that are left out, by path, with what they return: `width` of the zeros, `items`
 in the tuple (0: no tuple). `unread`: modules whose output nothing reads any more. `shapes`: parameters of other shapes.
-`halves`: for a layer whose hidden state is narrower and turned, the norm, the modules and the shortcut matrix of
+`experts`: blocks of fewer experts than the router has rows, by path: `config` of the block, and `rows`, the expert for
+each row. `halves`: for a layer whose hidden state is narrower and turned, the norm, the modules and the shortcut matrix of
 attention and of MLP (see `turned_forward`). `config.pruned_shapes` has shapes of parameters outside the layers.
 
 Needs torch and transformers, nothing else; this text was written by llmprune.
@@ -14,6 +15,7 @@ Needs torch and transformers, nothing else; this text was written by llmprune.
 
 from __future__ import annotations
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -69,6 +71,8 @@ def rebuild(model: nn.Module, path: str, entries: list[dict[str, Any]], shapes: 
             layers[index] = type(layers[index])(LayerConfig(model.config, entry["config"]), index)
             layers[index].to(before.device, before.dtype)
         reshape(layers[index], entry.get("shapes", {}))
+        for name, experts in entry.get("experts", {}).items():
+            share_experts(layers[index], name, LayerConfig(model.config, experts["config"]), experts["rows"])
         if "halves" in entry:
             turn(layers[index], entry["halves"])
         leave_out(layers[index], entry)
@@ -87,6 +91,24 @@ def reshape(module: nn.Module, shapes: dict[str, list[int]]) -> None:
             holder.embedding_dim = holder.weight.shape[1]
         elif hasattr(holder, "nf"):
             holder.nf = holder.weight.shape[1]
+
+
+def share_experts(layer: nn.Module, name: str, config: Any, rows: list[int]) -> None:
+    """Build a block of experts with fewer of them; several router rows may then lead to one."""
+    before = next(layer.get_submodule(name).parameters())
+    block = type(layer.get_submodule(name))(config)
+    block.register_forward_pre_hook(partial(_follow_rows, rows), with_kwargs=True)
+    layer.set_submodule(name, block.to(before.device, before.dtype))
+
+
+def _follow_rows(rows: list[int], block: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Experts that were chosen by their router row, as their numbers in the block. Gates of one expert add up there."""
+
+    def followed(value: Any) -> Any:
+        is_choice = isinstance(value, torch.Tensor) and not value.is_floating_point()
+        return torch.tensor(rows, device=value.device)[value] if is_choice else value
+
+    return tuple(map(followed, args)), {name: followed(one) for name, one in kwargs.items()}
 
 
 def turn(layer: nn.Module, halves: list[dict[str, Any]]) -> None:

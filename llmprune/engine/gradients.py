@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
 import torch
+from torch import nn
 
 from llmprune.engine.trunk import Trunk, token_losses
 
@@ -13,19 +17,10 @@ def saliency(trunk: Trunk) -> list[float]:
     Holds all layers and their gradients: twice the size of the model.
     """
     layers = [unit.module for unit in trunk.units]
-    batches = trunk.batches
-    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
     with trunk.loaded(*range(trunk.depth)):
         matrices = [[one for one in layer.parameters() if one.dim() >= 2] for layer in layers]
-        before = [[one.requires_grad for one in some] for some in matrices]
-        for some in matrices:
-            for one in some:
-                one.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                for batch in batches:
-                    logits = trunk.model(**batch, use_cache=False).logits
-                    (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()
+        with differentiated([one for some in matrices for one in some]):
+            backward(trunk, trunk.batches)
             return [
                 sum(
                     float((one.detach() * one.grad).abs().sum(dtype=torch.float64))
@@ -34,8 +29,33 @@ def saliency(trunk: Trunk) -> list[float]:
                 )
                 for some in matrices
             ]
-        finally:
-            for some, flags in zip(matrices, before, strict=True):
-                for one, flag in zip(some, flags, strict=True):
-                    one.grad = None
-                    one.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While active, these parameters get gradients; afterwards they have none, and the flags that they had."""
+    before = [one.requires_grad for one in parameters]
+    for one in parameters:
+        one.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for one, flag in zip(parameters, before, strict=True):
+            one.grad = None
+            one.requires_grad_(flag)
+
+
+def backward(trunk: Trunk, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Add the gradient of the mean loss over some batches; the layers must be loaded."""
+    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    with torch.enable_grad():
+        for batch in batches:
+            logits = trunk.model(**batch, use_cache=False).logits
+            (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()  # type: ignore[no-untyped-call]
+
+
+def sequences(trunk: Trunk) -> Iterator[dict[str, torch.Tensor]]:
+    """The calibration text one sequence at a time."""
+    for batch in trunk.batches:
+        for start in range(len(batch["input_ids"])):
+            yield {key: one[start : start + 1] for key, one in batch.items()}

@@ -42,7 +42,7 @@ class Evidence:
         return value_I[self.columns_UN.to(value_I.device)].sum(1)
 
     def weights(self) -> Iterator[torch.Tensor]:
-        """Of every parameter that the units have slices in, those slices: U units x all their entries, float32."""
+        """Of every parameter that the units have slices in, those slices: U units x N slices x their entries, float32."""
         for member in self.units.members:
             index_UN = member.index_UN[self.first : self.first + self.count]
             value = self.values[member.parameter]
@@ -51,7 +51,7 @@ class Evidence:
                 value, axis = value[self.first // self.units.size], axis - 1
             if not member.norm:
                 rows = value.movedim(axis, 0)[index_UN.to(value.device)]
-                yield rows.flatten(1).float()
+                yield rows.flatten(2).float() if rows.dim() > 2 else rows[..., None].float()
 
 
 def evidences(units: Units, stats: Mapping[str, Stats], values: Mapping[str, torch.Tensor]) -> Iterator[Evidence]:

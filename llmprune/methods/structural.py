@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import Units
@@ -153,6 +154,8 @@ class Narrowed:
 
 
 class WidthMethod(DepthMethod, Protocol):
-    """The same for units of width."""
+    """The same for units of width. `check` raises UserError for a model that the method cannot handle."""
+
+    def check(self, model: PreTrainedModel, asked: Narrow) -> None: ...
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed: ...  # type: ignore[override]

@@ -66,7 +66,7 @@ def eliminate(
     """
     weight_OI = weight_OI.to(torch.float64, copy=True)
     inverse_II = inverse64(damped_II)
-    units, width = columns_UN.shape
+    units = len(columns_UN)
     gone_U = torch.zeros(units, dtype=torch.bool, device=weight_OI.device)
     lost_R = torch.zeros(strata, dtype=torch.int64, device=weight_OI.device)
     trace = Trace([], [])
@@ -106,3 +106,12 @@ def _scores(
         pivot_NN = inverse_II[columns_N][:, columns_N]
         scores.append((torch.linalg.solve(pivot_NN, group_ON.T) * group_ON.T).sum())
     return torch.stack(scores)
+
+
+def joint_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor, columns_UN: torch.Tensor) -> torch.Tensor:
+    """tr(W_u G_uv W_v'), U x U: summed over a set of units on both sides, the energy of what the set puts out."""
+    weight_OI = weight_OI.double()
+    product_II = (weight_OI.T @ weight_OI) * gram_II.double()
+    order = columns_UN.flatten()
+    units, width = columns_UN.shape
+    return product_II[order][:, order].view(units, width, units, width).sum((1, 3))

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llmprune.engine.trunk import Trunk
-from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.methods.width.sequential import Way, narrow
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.sequential import UnitMethod, Way, narrow
 
 
 @dataclass(frozen=True)
-class GroupOBS:
+class GroupOBS(UnitMethod):
     """Of each writing matrix (o, down) the group of input columns whose loss can best be made up for goes first.
 
     Kurtic et al. 2023, "ZipLM", eq. 2 and 3; layer by layer on what the pruned layers before put out, as in SlimGPT
@@ -25,12 +25,7 @@ class GroupOBS:
     damping: float = 0.01
     aim: float = 0.0
 
-    kind: ClassVar[str] = "width"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2302.04089"
-    takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = (
         "one layer, two square matrices of its inner width in float64, and the new o and down matrices of all layers"
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
+from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Weight
 from llmprune.arch.units import KV_GROUP, QUERY_HEAD
@@ -14,13 +15,15 @@ from llmprune.checkpoint.slicing import Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
-from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.structural import TEXT, Narrow, Narrowed
 from llmprune.solvers.groups import damped, eliminate, fold, mean_fold
 from llmprune.solvers.retarget import retarget
 from llmprune.statistics import DRIFT, GRAM, MOMENTS
+from llmprune.types import UserError
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
+HEADS = (KV_GROUP, QUERY_HEAD)
 COMPENSATIONS = ("none", "bias", "least-squares")
 
 
@@ -41,10 +44,6 @@ class Way:
     aim: float = 0.0
     kinds: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        if self.compensate not in COMPENSATIONS:
-            raise ValueError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
-
     @property
     def reads(self) -> frozenset[str]:
         """The statistics that are needed."""
@@ -53,11 +52,27 @@ class Way:
         return self.kinds | {kind for kind, wanted in extra.items() if wanted}
 
 
+class UnitMethod:
+    """What width methods have in common."""
+
+    kind: ClassVar[str] = "width"
+    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
+    patterns: ClassVar[tuple[str, ...]] = ()
+    output: ClassVar[str] = "plain"
+    takes_list: ClassVar[bool] = False
+    compensate: str = "none"
+
+    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
+        """Whether the method can handle a model; raises UserError. Reads no weights."""
+        if self.compensate not in COMPENSATIONS:
+            raise UserError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
+        if self.compensate == "bias":
+            writers = _writers(asked, list(asked.units))
+            asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
+
+
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
-    if way.compensate == "bias":
-        writers = _writers(asked, list(asked.units))
-        asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
     counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
     found = Narrowed({place: [] for place in asked.units})
     states = trunk.enter() if way.reads else []
@@ -120,7 +135,9 @@ class _Layer:
             for writer in _writers(self.asked, places):
                 name = bias_name(writer.name).removeprefix(self.prefix)
                 old = module.get_parameter(name).data if writer.bias else None
-                values[name] = values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
+                values[name] = (
+                    values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
+                )
         return values
 
     def narrow(
@@ -184,6 +201,16 @@ def lowest(score_U: torch.Tensor, count: int, strata: int = 1) -> list[int]:
     return (order_SU + torch.arange(strata, device=order_SU.device)[:, None] * runs_SU.shape[1]).flatten().tolist()
 
 
+def given(scores: Mapping[Place, torch.Tensor]) -> Score:
+    """Scores that are known beforehand."""
+
+    def score(evidence: Evidence) -> torch.Tensor:
+        units = evidence.units
+        return scores[(units.layer, units.kind)][evidence.first : evidence.first + evidence.count]
+
+    return score
+
+
 def bias_name(weight: str) -> str:
     """The name of the bias that belongs to a matrix."""
     return f"{weight.removesuffix('weight')}bias"
@@ -193,7 +220,7 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
     """The units that go, and the scores of all."""
     if evidence.stats is None and way.reads:
         # no token came by: what is left to go by is the size of the weights
-        score_U = sum((rows.square().sum(1) for rows in evidence.weights()), torch.zeros(1))
+        score_U = torch.stack([rows.square().sum((1, 2)) for rows in evidence.weights()]).sum(0)
         return lowest(score_U, count, evidence.strata), score_U
     if way.score is not None:
         score_U = way.score(evidence)
@@ -213,7 +240,7 @@ def _by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
 
 def _halves(places: list[Place]) -> Iterator[list[Place]]:
     """Places that write through the same matrix, in the order of the forward pass."""
-    heads = [place for place in places if place[1] in (KV_GROUP, QUERY_HEAD)]
+    heads = [place for place in places if place[1] in HEADS]
     for half in (heads, [place for place in places if place not in heads]):
         if half:
             yield half

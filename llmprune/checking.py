@@ -1,0 +1,80 @@
+"""What every method can do to a model, and why not, from its configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from llmprune.arch.discover import expert_blocks, expert_count, find_units
+from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.source import resolve
+from llmprune.methods import METHODS, PRESETS, method_of
+from llmprune.narrowing import widths
+from llmprune.recipe import Recipe
+from llmprune.types import UserError
+from llmprune.width_plan import plan_width
+
+
+def check(model: str, *, ratio: float = 0.25, trust_remote_code: bool = False) -> dict[str, Any]:
+    """One row a method: its kind, whether it can prune the model, and what would come out or what is in the way.
+
+    `model`: a folder with a config.json (weights are not looked at), or a Hub id, of which the configuration alone is
+    fetched. `ratio`: the share of the layers' parameters that width methods are asked to take out. Raises UserError if
+    the configuration cannot be read.
+    """
+    source = str(resolve(model)) if Path(model).expanduser().is_dir() else model
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    skeleton = build_skeleton(copy.deepcopy(config), torch.bfloat16, trust_remote_code=trust_remote_code)
+    params = sum(one.numel() for one in skeleton.parameters())
+    rows = list(_rows(skeleton, config, ratio))
+    return {"model": model, "class": type(skeleton).__name__, "params": params, "ratio": ratio, "methods": rows}
+
+
+def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[str, Any]]:
+    for name in (*PRESETS, *METHODS):
+        recipe = Recipe(method=name)
+        method = method_of(recipe)
+        try:
+            if method.kind == "width":
+                what = _width(model, config, method, recipe.model_copy(update={"ratio": ratio}))
+            else:
+                what = {"weight": _weights, "depth": _layers, "expert": _experts}[method.kind](model)
+        except UserError as error:
+            yield {"name": name, "kind": method.kind, "can": False, "why": str(error)}
+        else:
+            yield {"name": name, "kind": method.kind, "can": True, **what}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
+    matrices = [spec for unit in find_units(model, head=False) for spec in unit.matrices]
+    return {"what": f"{sum(spec.count for spec in matrices):,} weights in {len(matrices)} matrices", "output": "plain"}
+
+
+def _layers(model: PreTrainedModel) -> dict[str, Any]:
+    refuse_shared_layers(model.config)
+    return {"what": f"{len(find_units(model, head=False))} layers", "output": "plain"}
+
+
+def _experts(model: PreTrainedModel) -> dict[str, Any]:
+    layers = find_units(model, head=False)
+    counts = [expert_count(block) for unit in layers for _, block in expert_blocks(unit.module)]
+    if not counts:
+        raise UserError("the model has no experts")
+    return {"what": f"{max(counts)} experts in each of {len(counts)} layers", "output": "plain"}
+
+
+def _width(model: PreTrainedModel, config: Any, method: Any, recipe: Recipe) -> dict[str, Any]:
+    plan = plan_width(model, config, recipe)
+    method.check(model, plan.asked)
+    slicing = plan.example()
+    left = [f"{', '.join(map(str, counts))} {kind}s" for kind, counts in widths(slicing).items()]
+    before = sum(one.numel() for one in model.parameters())
+    after = before - slicing.parameters_removed
+    what = f"{' and '.join(left)} a layer stay, {after:,} of {before:,} parameters"
+    return {"what": what, "output": f"plain ({plan.config_of(slicing).model_type})", "params_after": after}
