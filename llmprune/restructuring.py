@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -51,6 +52,9 @@ WEIGHT_KEYS = (
 
 class Restructuring(Job):
     """A checked recipe of a depth or expert method. As for `Job`, creating one writes nothing."""
+
+    # halves of layers that put out nothing, as soon as that is decided
+    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
@@ -185,7 +189,7 @@ class Restructuring(Job):
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
-        self._decision = decision
+        self._decision, self._silent = decision, decision.surgery.silent
         self._new_config, self._new, self._cut = self._cutter(decision.surgery)
         self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
         scores = decision.scores.items()
@@ -311,7 +315,7 @@ class Restructuring(Job):
             states = trunk.enter()
             for index in self._layers():
                 unit = self.plan.units[index]
-                gone = {(index, half) for half in self._decision.surgery.silent.get(index, ())}
+                gone = {(index, half) for half in self._silent.get(index, ())}
                 with trunk.loaded(index):
                     changed = {
                         name.removeprefix(unit.prefix): value.to(self.device, self.dtype)
