@@ -44,6 +44,7 @@ LAYERS = {
     "job": 5,
     "restructuring": 5,
     "rotating": 5,
+    "rotation_plan": 4,
     "removal": 5,
     "narrowing": 5,
     "width_plan": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel
 
 import llmprune
 from llmprune.methods.width.slicegpt import SliceGPT
-from llmprune.rotating import Rotating
 from llmprune.types import UserError
 
 TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
@@ -33,9 +33,8 @@ def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def sliced(name: str, folder: Path, width: int | None, layout: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    if width is not None:
-        monkeypatch.setattr(Rotating, "_choose_width", lambda self: width)
+def sliced(name: str, folder: Path, width: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("llmprune.rotation_plan._widest", lambda plan, _: replace(plan, width=width))
     source = tiny.save(name, folder / "dense")
     out = folder / "out"
     return llmprune.prune(source, out=out, method="slicegpt", ratio=0.2, calibration=TEXT, layout=layout)
