@@ -125,7 +125,7 @@ class Rotating(Restructuring):
     def _tolerance(self, weights: Streamed) -> float:
         """Every value is new, and rounded to the stored dtype: errors that add up over the halves like a random walk."""
         stored = weights.storage_dtype(self._stream.layers[0][0].readers[0].name)
-        return max(1e-3, 4 * float(torch.finfo(stored).eps) * math.sqrt(2 * len(self._stream.layers))
+        return max(1e-3, 4 * float(torch.finfo(stored).eps) * math.sqrt(2 * len(self._stream.layers)))
 
     def _comparable(self) -> bool:
         return True
