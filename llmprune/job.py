@@ -7,9 +7,9 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,29 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
+from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
+from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
-from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
+from llmprune.engine.gradients import Gradients
+from llmprune.engine.trunk import Trunk
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
 from llmprune.memory import PeakMemory
-from llmprune.methods import epochs_of, method_of
+from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.types import MatrixSpec, UserError
+from llmprune.statistics import OF_WEIGHTS, REGIONAL
+from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
 
@@ -63,7 +68,7 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        reads = bool(self.method.needs) or entry(recipe.allocation).measures
+        reads = bool(self.method.needs) or entry(allocation_of(recipe)).measures
         self.tokens = self._read_tokens() if reads else None
         self.output = None if out is None else Output(Path(out), self.fingerprint())
 
@@ -73,15 +78,32 @@ class Job:
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
         self._epochs = epochs_of(self.recipe)
-        self._allocator = allocator(self.recipe.allocation)
+        self._allocator = allocator(allocation_of(self.recipe))
 
     def _make_plan(self) -> Plan:
-        return select_matrices(self.model, self.recipe)
+        plan = select_matrices(self.model, self.recipe)
+        if self.method.needs & OF_WEIGHTS:
+            refuse_shared_layers(self.config)
+            if len(plan.units) > len(find_units(self.model, head=False)):
+                raise UserError(f"{self.recipe.method!r} takes gradients in decoder layers: leave out the output head")
+            if self.dtype == torch.float16:
+                raise UserError(f"gradients underflow in float16, so {self.recipe.method!r} needs another engine.dtype")
+        return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        self.budgets(self.recipe)
+
+    def budgets(self, recipe: Recipe) -> dict[str, Budget]:
+        """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
+        with torch.no_grad():
+            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+        return dict(self.plan.budgets)
+
+    def dense(self) -> Dense:
+        """The model before pruning: its chosen matrices, and passes over them that change nothing."""
         weights = self._weights(writing=False)
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
@@ -89,9 +111,7 @@ class Job:
             with self._prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
 
-        dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
-        with torch.no_grad():
-            allocate(self.plan, self.recipe, self.method, self._allocator, dense)
+        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -116,7 +136,8 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs)
+        gradients = self._gradients if self.method.needs & OF_WEIGHTS else None
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs, gradients)
         done = weights.done()
         if done:
             reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
@@ -161,6 +182,16 @@ class Job:
 
     # Parts of a run.
 
+    @cached_property
+    def _gradients(self) -> Gradients:
+        """Of the dense model, for the method's score; made when they are first asked for."""
+        assert self.tokens is not None
+        weights = self._weights(writing=False)
+        batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
+        with torch.no_grad(), self._prepared(weights):
+            trunk = Trunk(self.model, self.plan.units, batches, weights)
+            return Gradients(trunk, self.plan.specs(), regional=REGIONAL in self.method.needs)
+
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
             return Resident(self.model)
@@ -192,6 +223,13 @@ class Job:
                     yield spec, read_matrix(unit, spec)
             weights.free(unit)
 
+    def _each_score(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+        score = score_of(self.method)
+        gradients = self._gradients if score.needs else None
+        for spec, weight_OI in self._each_matrix(weights):
+            gradient = gradients.of(spec, weight_OI.device) if gradients else None
+            yield spec, score.of(Matrix(spec.name, weight_OI, gradient))
+
     def _read_tokens(self) -> Tokens:
         settings = self.recipe.calibration
         if self._data is not None:
@@ -216,10 +254,7 @@ class Job:
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
-            files = companions(self.folder, code=trusted(self.folder, self.recipe.trust_remote_code))
-            # config.json last: without it nothing takes the folder for a model
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                shutil.copyfile(path, folder / path.name)
+            copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)

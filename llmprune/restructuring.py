@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
-from llmprune.checkpoint.layer_lists import expert_groups, refuse_shared_layers
+from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
 from llmprune.checkpoint.remote import FILE, add_code, add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config, shared_experts
@@ -369,19 +369,6 @@ class Restructuring(Job):
 
 def _units(kind: str) -> str:
     return "layers" if kind == "depth" else "experts"
-
-
-def layer_of_keys(feeds: dict[str, str], prefixes: list[str], keys: list[str]) -> dict[str, int]:
-    """Which layer every tensor of the checkpoint belongs to, those that the model does not use included."""
-    starts: dict[str, int] = {}
-    for key, name in feeds.items():
-        for index, prefix in enumerate(prefixes):
-            if name.startswith(prefix):
-                parts = key.split(".")
-                number = next((place for place, part in enumerate(parts) if part == str(index)), None)
-                if number is not None:
-                    starts[".".join(parts[: number + 1]) + "."] = index
-    return {key: index for key in keys for start, index in starts.items() if key.startswith(start)}
 
 
 def count(model: PreTrainedModel) -> int:

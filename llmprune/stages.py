@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.output import REPORT_NAME, Output
+from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
 from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
@@ -71,9 +71,7 @@ def run(
     report = {**reports[-1], "recipe": recipe.model_dump(mode="json"), "stages": reports}
     report["totals"] = {**report["totals"], "params_before": reports[0]["totals"]["params_before"]}
     if out is not None:
-        whole = out / f"{REPORT_NAME}.writing"
-        whole.write_text(json.dumps(report, indent=1) + "\n")
-        whole.rename(out / REPORT_NAME)
+        write_json(out / REPORT_NAME, report)
     for folder in between:
         shutil.rmtree(folder)
     return Result(report, out, recipe.trust_remote_code, model, tokenizer)

@@ -13,12 +13,17 @@ import torch
 
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
+from llmprune.kernels.product import product_nt
 from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
 DRIFT = "drift"  # (X_dense - X)'X, I x I: how the inputs moved because earlier matrices were pruned
 KINDS = frozenset({GRAM, MOMENTS, DRIFT})
+# What is known of the weights themselves, before anything is pruned: gradients (see `types.Gradient`)
+GRADIENTS = "gradients"  # of the loss
+REGIONAL = "regional gradients"  # of the norm of the layer's own output
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL})
 
 
 class Stats:
@@ -33,12 +38,16 @@ class Stats:
         self._lower_II = torch.zeros(width, width, device=device) if GRAM in kinds else None
         self._moments = Moments(width, device) if MOMENTS in kinds else None
         self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
+        self._lack_OI: torch.Tensor | None = None
         self.paired = DRIFT in kinds
         self._derived: dict[Hashable, Any] = {}
 
-    def update(self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None = None) -> None:
+    def update(
+        self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None = None, lack_TO: torch.Tensor | None = None
+    ) -> None:
         """Add tokens. `x_TI`: any float dtype, T x width; `dense_TI`: the same tokens in the dense model.
 
+        `lack_TO`: what the outputs are to make up for besides, where they are added to a stream that has moved too.
         Where the dense model's tokens are missing or cannot be paired, drift is given up (`paired` turns False).
         """
         self._derived.clear()
@@ -47,6 +56,10 @@ class Stats:
                 self.paired = False
             else:
                 cross_update_(self._drift_II, dense_TI.float() - x_TI.float(), x_TI)
+                if lack_TO is not None:
+                    if self._lack_OI is None:
+                        self._lack_OI = torch.zeros(lack_TO.shape[1], self.width, device=x_TI.device)
+                    cross_update_(self._lack_OI, lack_TO, x_TI)
         self.tokens += x_TI.shape[0]
         if self._lower_II is not None:
             gram_update_(self._lower_II, x_TI)
@@ -76,6 +89,11 @@ class Stats:
         if self._drift_II is None:
             raise ValueError("this statistics object holds no drift: the method must name it in `needs`")
         return self._drift_II
+
+    def pull_OI(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """(what the outputs of the dense weights lack)'X, O x I: W (X_dense - X)'X, and what the stream lacks."""
+        pull_OI = product_nt(weight_OI, self.drift_II.T)
+        return pull_OI if self._lack_OI is None else pull_OI.add_(self._lack_OI)
 
     @property
     def square_sums_I(self) -> torch.Tensor:

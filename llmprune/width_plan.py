@@ -52,7 +52,7 @@ class WidthPlan:
 def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan:
     """Check a width recipe against a model, whose weights are not read; `config`: as it was stored. Raises UserError."""
     check_width(recipe)
-    settings, spread = recipe.width, spread_of(recipe.allocation)
+    settings, spread = recipe.width, spread_of(recipe.allocation or "uniform")
     roles = Roles(model)
     depth = len(roles.layers)
     if settings.protect_first + settings.protect_last >= depth:

@@ -37,7 +37,6 @@ LAYERS = {
     "allocation": 3,
     "methods": 3,
     "plan": 4,
-    "hub": 4,
     "measurement": 4,
     "result": 4,
     "pipeline": 4,
@@ -54,11 +53,15 @@ LAYERS = {
     "sparse": 5,
     "eval": 6,
     "report": 6,
-    "demo": 7,
-    "api": 7,
-    "commands": 8,
-    "cli": 8,
-    "__main__": 9,
+    "hub": 7,
+    "recovery": 7,
+    "demo": 8,
+    "api": 8,
+    "searching": 8,
+    "workflow": 9,
+    "commands": 10,
+    "cli": 10,
+    "__main__": 11,
 }
 
 
