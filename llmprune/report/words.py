@@ -31,6 +31,10 @@ def amount(recipe: dict[str, Any]) -> str:
         return f"{asked} layer{'s' if asked > 1 else ''}"
     if recipe.get("drop_experts") is not None:
         return f"{recipe['drop_experts']:.0%} of the experts"
+    if recipe.get("ratio") is not None:
+        return f"{recipe['ratio']:.0%} of the layers' parameters"
+    if recipe.get("params") is not None:
+        return f"to {recipe['params']:,.0f} parameters"
     if recipe["pattern"] != "unstructured":
         return str(recipe["pattern"])
     return "–" if recipe["sparsity"] is None else f"{recipe['sparsity']:.4g}"
