@@ -54,6 +54,7 @@ class Narrowing(Restructuring):
         self._narrowed: Narrowed = decision
         self._slicing = self._width.sliced(decision.removed)
         self._new_config, self._new = self._built(self._width.config_of(self._slicing, list(decision.biases)))
+        self._width.differ(self._slicing, self._new, self._new_config, self._new.config)
         check_shapes(self._new, self._slicing, decision.biases)
         self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
         return "; ".join(f"{kind}: {', '.join(map(str, sizes))} stay" for kind, sizes in widths(self._slicing).items())

@@ -242,7 +242,7 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "width", "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import llmprune
 from llmprune.methods import METHODS, method_class
+from llmprune.methods.width import sequential
 from llmprune.types import UserError
 
 TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
@@ -61,6 +62,39 @@ def test_every_method_writes_a_plain_smaller_model(method: str, tmp_path: Path) 
     # the model in memory ends as the same model
     resident = prune(tiny.build("llama"), method, **settings)
     assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{"compensate": "least-squares"}, {"uniqueness": "gum"}])
+def test_options_of_every_score(options: dict[str, Any], tmp_path: Path) -> None:
+    for method in ("wanda-sp", "llm-pruner", "random-units", "mini-gpts"):
+        result = prune(tiny.build("llama"), method, ratio=0.3, options=options)
+        plain = prune(tiny.build("llama"), method, ratio=0.3)
+        assert float((logits(result.model) - logits(plain.model)).abs().max()) > 1e-4
+        with pytest.raises(UserError, match="is none of"):
+            prune(tiny.build("llama"), method, ratio=0.3, options=dict.fromkeys(options, "both"))
+
+
+def test_the_dense_stream_is_what_the_dense_model_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics of `stream=dense` are those of one plain forward through the dense model."""
+    seen: dict[str, torch.Tensor] = {}
+    model = tiny.build("qwen2")
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0].flatten(0, 1)))
+    logits_of = model(input_ids=torch.tensor(TEXT), use_cache=False).logits
+    assert logits_of.isfinite().all()
+    expected = {name: (one.T @ one).double() for name, one in seen.items()}
+    found: dict[str, torch.Tensor] = {}
+    real = sequential.fold
+
+    def spy(weight_OI: torch.Tensor, system_II: torch.Tensor, gone_I: torch.Tensor) -> torch.Tensor:
+        found[list(expected)[len(found)]] = system_II
+        return real(weight_OI, system_II, gone_I)
+
+    monkeypatch.setattr(sequential, "fold", spy)
+    prune(tiny.build("qwen2"), "group-obs", ratio=0.3, options={"stream": "dense", "damping": 0.0})
+    for name, gram_II in expected.items():
+        assert float((found[name] - gram_II).abs().max()) <= 1e-4 * float(gram_II.abs().max()), name
 
 
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt2", "opt", "gpt-neox", "falcon-new", "glm", "phi"]

@@ -19,7 +19,7 @@ from llmprune.methods.width.group_fisher import GroupFisher
 from llmprune.methods.width.llm_pruner import LLMPruner
 from llmprune.methods.width.sequential import lowest
 from llmprune.methods.width.thinet import ThiNet
-from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold
+from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, unlike
 from llmprune.types import UserError
 from llmprune.weights import Resident
 
@@ -124,6 +124,19 @@ def test_joint_energy_is_that_of_the_set() -> None:
         gone_I = mask(list(pair), columns_UN)
         expected = error(x_TI[:, gone_I], weight_OI[:, gone_I])
         assert float(energy_UU[list(pair)][:, list(pair)].sum()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_copies_are_like_and_orthogonal_units_are_not() -> None:
+    x_TI = torch.linalg.qr(draw(40, 12, seed=1)).Q * torch.arange(1, 13)
+    columns_UN = torch.arange(12).view(4, 3)
+    assert float((unlike(x_TI.T @ x_TI, columns_UN) - 1).abs().max()) <= 1e-12
+    x_TI[:, 3:6] = -2 * x_TI[:, 0:3]
+    assert unlike(x_TI.T @ x_TI, columns_UN).tolist() == pytest.approx([0, 0, 1, 1], abs=1e-12)
+    _, mixed_TI = problem()
+    cosine_II = (mixed_TI / mixed_TI.norm(dim=0)).T @ (mixed_TI / mixed_TI.norm(dim=0))
+    expected = 1 - (cosine_II.abs() - torch.eye(12)).amax(1)
+    found = unlike(mixed_TI.T @ mixed_TI, torch.arange(12)[:, None])
+    assert float((found - expected).abs().max()) <= 1e-12
 
 
 # Scores of whole models.

@@ -31,15 +31,18 @@ class LayerConfig:
     """The model's configuration with some keys changed for one layer; all others stay shared."""
 
     def __init__(self, shared: Any, changes: dict[str, Any]) -> None:
-        vars(self).update(changes, _shared=shared)
+        vars(self).update(changes, shared=shared)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return getattr(self._shared, name)
+        return getattr(self.shared, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._shared, name, value)
+        if name == "shared":
+            vars(self)[name] = value
+        else:
+            setattr(self.shared, name, value)
 
 
 class Absent(nn.Module):

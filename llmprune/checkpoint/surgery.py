@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.arch.discover import decoder_layers, expert_blocks, expert_count
 from llmprune.checkpoint.layer_lists import edit_config, expert_keys
+from llmprune.checkpoint.modeling_pruned import LayerConfig
 from llmprune.types import RunError, UserError
 
 
@@ -230,8 +231,11 @@ def graft(
             if not key.startswith("_") and not isinstance(value, PreTrainedConfig):
                 setattr(mine, key, value)
         for module in fresh.modules():
-            if getattr(module, "config", None) is theirs:
+            own = getattr(module, "config", None)
+            if own is theirs:
                 module.config = mine
+            elif isinstance(own, LayerConfig) and own.shared is theirs:
+                own.shared = mine
     for name, module in new.named_modules():
         if not f"{name}.".startswith(f"{path}."):
             vars(model.get_submodule(name)).update({k: v for k, v in vars(module).items() if type(v) is int})

@@ -115,3 +115,18 @@ def joint_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor, columns_UN: tor
     order = columns_UN.flatten()
     units, width = columns_UN.shape
     return product_II[order][:, order].view(units, width, units, width).sum((1, 3))
+
+
+def unlike(gram_II: torch.Tensor, columns_UN: torch.Tensor) -> torch.Tensor:
+    """1 minus the likeness of each of U units to the one most like it, from 0 (a copy) to 1 (nothing in common).
+
+    The likeness of two units is that of their outputs over all tokens: |X_u'X_v| / sqrt(|X_u'X_u| |X_v'X_v|) in the
+    Frobenius norm, for single channels the absolute cosine. After the uniqueness of Santacroce et al. 2023, "What Matters
+    in the Structured Pruning of Generative Language Models?" (GUM), section 4.
+    """
+    order, (units, width) = columns_UN.flatten(), columns_UN.shape
+    square_UU = gram_II.double()[order][:, order].square().view(units, width, units, width).sum((1, 3))
+    scale_U = square_UU.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    likeness_UU = square_UU.sqrt() / scale_U[:, None] / scale_U
+    likeness_UU.fill_diagonal_(0)
+    return 1 - likeness_UU.amax(1).clamp_max(1)

@@ -76,9 +76,8 @@ def run(
     start = time.perf_counter()
     try:
         planned = llmprune.prune(model, dry_run=True, **asked).report["structure"].get("widths", {})
-        if like and planned and planned.pop("kv-group") == [model.config.num_key_value_heads]:
-            if planned == like["widths"]:
-                return like
+        if like and planned == {"kv-group": [model.config.num_key_value_heads], **like["widths"]}:
+            return like
         result = llmprune.prune(model, **asked)
     except llmprune.UserError as error:
         print(f"{name} {label} {ratio}: {error}", flush=True)

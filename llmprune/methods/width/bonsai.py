@@ -11,16 +11,15 @@ from transformers import PreTrainedModel
 from llmprune.checkpoint.slicing import Place
 from llmprune.engine.gates import check_gates, gated
 from llmprune.engine.trunk import Trunk, token_losses
-from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.structural import Narrow
 from llmprune.methods.width.minitron import Minitron
-from llmprune.methods.width.sequential import UnitMethod, Way, given, lowest, narrow, scores_of
+from llmprune.methods.width.sequential import ModelScores, lowest, scores_of
 from llmprune.solvers.groups import ridge
-from llmprune.statistics import MOMENTS
 from llmprune.types import UserError
 
 
 @dataclass(frozen=True)
-class Bonsai(UnitMethod):
+class Bonsai(ModelScores):
     """Switch off random halves of the least active units, and regress the loss on which were off.
 
     Dery et al. 2024, "Everybody Prune Now: Structured Pruning of LLMs with only Forward Passes", section 3. Candidates
@@ -28,19 +27,19 @@ class Bonsai(UnitMethod):
     All goes in one round here (the paper takes 5 % at a time), and the regression is ridge.
 
     `masks`: how many forward passes over `sequences` calibration sequences. `penalty`: of the regression, relative to the
-    number of masks. `compensate`: none as published, or least-squares.
+    number of masks.
     """
 
     masks: int = 200
     sequences: int = 32
     penalty: float = 0.1
     seed: int = 0
-    compensate: str = "none"
 
     paper: ClassVar[str] = "arXiv:2402.05406"
     memory: ClassVar[str] = "the model, forward only"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.masks < 2 or self.masks % 2:
             raise ValueError(f"masks {self.masks} must be even and at least 2: they come in complementary pairs")
 
@@ -50,12 +49,9 @@ class Bonsai(UnitMethod):
         if asked.scored:
             raise UserError("bonsai needs to know how many units of each layer go; use allocation=uniform or rising")
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        prior = scores_of(trunk, asked, Way(Minitron().score, kinds=frozenset({MOMENTS})))
-        return narrow(trunk, asked, Way(given(self._scores(trunk, asked, prior)), self.compensate))
-
-    def _scores(self, trunk: Trunk, asked: Narrow, prior: dict[Place, torch.Tensor]) -> dict[Place, torch.Tensor]:
-        """How much higher the loss is without each candidate; all others score above them."""
+    def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        # how much higher the loss is without each candidate; all others score above them
+        prior = scores_of(trunk, asked, Minitron().way())
         counts = asked.spread({})
         candidates = {
             place: torch.tensor(lowest(prior[place], min(2 * counts[place], one.count), one.strata))

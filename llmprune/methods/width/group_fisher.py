@@ -11,19 +11,17 @@ from transformers import PreTrainedModel
 from llmprune.engine.gates import check_gates, gated
 from llmprune.engine.gradients import backward
 from llmprune.engine.trunk import Trunk
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, given, narrow
+from llmprune.methods.structural import Narrow
+from llmprune.methods.width.sequential import ModelScores
 
 
 @dataclass(frozen=True)
-class GroupFisher(UnitMethod):
+class GroupFisher(ModelScores):
     """The score of a unit is the sum over sequences of (dL / dm)^2, m being a factor on what it puts out.
 
     Liu et al. 2021, "Group Fisher Pruning for Practical Network Compression", eq. 4: the diagonal of the Fisher matrix of
     the gates; also the first step of Kwon et al. 2022, whose mask tuning is `compensate=least-squares`.
     """
-
-    compensate: str = "none"
 
     paper: ClassVar[str] = "arXiv:2108.00708"
     memory: ClassVar[str] = "the model, and the activations of one batch in all layers; no gradients of weights"
@@ -32,11 +30,7 @@ class GroupFisher(UnitMethod):
         super().check(model, asked)
         check_gates(model, asked.units.values())
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, Way(given(self.scores(trunk, asked)), self.compensate))
-
     def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        """The score of every unit, by place."""
         total = {place: torch.zeros(one.count, dtype=torch.float64) for place, one in asked.units.items()}
         with trunk.loaded(*range(trunk.depth)):
             for batch in trunk.batches:

@@ -11,26 +11,23 @@ from torch import nn
 from llmprune.engine.gradients import backward, differentiated, sequences
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import evidences
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, given, narrow
+from llmprune.methods.structural import Narrow
+from llmprune.methods.width.sequential import ModelScores
 
 SQUARES = ("second", "mixed")
 
 
 @dataclass(frozen=True)
-class LLMPruner(UnitMethod):
+class LLMPruner(ModelScores):
     """The units whose removal changes the loss least, to first or second order in the weights.
 
     Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", eq. 3 to 5. With g the gradient of
     the mean loss and h the mean of the squared gradients of single sequences, a slice scores by `taylor`: "vector"
     |sum w g|, "first" sum |w g|, "second" sum w^2 h, "mixed" sum |w g - w^2 h / 2|; a unit is the sum of its slices in
     all matrices. The query heads of a kv group are those that read it, which the reference's script mistakes.
-
-    `compensate`: none as published, or least-squares.
     """
 
     taylor: str = "first"
-    compensate: str = "none"
 
     paper: ClassVar[str] = "arXiv:2305.11627"
     memory: ClassVar[str] = (
@@ -39,14 +36,11 @@ class LLMPruner(UnitMethod):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.taylor not in ("vector", "first", *SQUARES):
             raise ValueError(f"taylor {self.taylor!r} is none of vector, first, second, mixed")
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, Way(given(self.scores(trunk, asked)), self.compensate))
-
     def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        """The score of every unit, by place."""
         names = {member.parameter for one in asked.units.values() for member in one.members if not member.norm}
         with trunk.loaded(*range(trunk.depth)):
             parameters = {name: trunk.model.get_parameter(name) for name in sorted(names)}

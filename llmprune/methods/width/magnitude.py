@@ -7,14 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import ScoredUnits
 
 
 @dataclass(frozen=True)
-class GroupMagnitude(UnitMethod):
+class GroupMagnitude(ScoredUnits):
     """The units whose weights have the least norm go: all their rows and columns, in every matrix, count together.
 
     Li et al. 2017, "Pruning Filters for Efficient ConvNets", section 3.1, for whole dependency groups (Fang et al. 2023,
@@ -28,11 +26,9 @@ class GroupMagnitude(UnitMethod):
     memory: ClassVar[str] = "one layer"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.norm not in (1, 2):
             raise ValueError(f"norm {self.norm} is neither 1 nor 2")
-
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, Way(self.score))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         return torch.stack([rows.abs().pow(self.norm).sum((1, 2)) for rows in evidence.weights()]).sum(0)

@@ -7,34 +7,24 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import ScoredUnits
 from llmprune.statistics import MOMENTS
 
 
 @dataclass(frozen=True)
-class Minitron(UnitMethod):
+class Minitron(ScoredUnits):
     """The score of a unit is the root mean square of what it puts out over all calibration tokens of the dense model.
 
     Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2. The paper
     takes the mean of absolute values over a sequence before the L2 norm over the batch; here every token counts alike.
     On text of one domain this is contextual pruning (Valicenti et al. 2023, "Mini-GPTs").
-
-    `compensate`: none, bias or least-squares.
     """
 
-    compensate: str = "none"
-
+    kinds: ClassVar[frozenset[str]] = frozenset({MOMENTS})
+    pruned: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv:2407.14679"
     memory: ClassVar[str] = "one layer, and with compensation the new o and down matrices of all layers"
-
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, self._way())
-
-    def _way(self) -> Way:
-        return Way(self.score, self.compensate, pruned=False, kinds=frozenset({MOMENTS}))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.stats is not None

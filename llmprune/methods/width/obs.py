@@ -5,30 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llmprune.engine.trunk import Trunk
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import UnitMethod, Way
 
 
 @dataclass(frozen=True)
 class GroupOBS(UnitMethod):
     """Of each writing matrix (o, down) the group of input columns whose loss can best be made up for goes first.
 
-    Kurtic et al. 2023, "ZipLM", eq. 2 and 3; layer by layer on what the pruned layers before put out, as in SlimGPT
-    (Ling et al. 2024) and OSSCAR (Meng et al. 2024). Since the update of a set of columns does not depend on the order in
+    Kurtic et al. 2023, "ZipLM", eq. 2 and 3; SlimGPT (Ling et al. 2024) and OSSCAR (Meng et al. 2024) do so
+    layer after layer. Since the update of a set of columns does not depend on the order in
     which they went, one run gives every smaller amount, and the weights are fitted once, at the end.
 
     `damping`: of the Gram matrix, as a fraction of its mean diagonal. `aim`: 0 restores what the matrix would put out on
-    its present inputs, 1 what it puts out in the dense model.
+    its present inputs, 1 what it puts out in the dense model. `stream`: a layer sees what the "pruned" layers before it put
+    out (SlimGPT, OSSCAR), or the "dense" ones (ZipLM).
     """
 
     damping: float = 0.01
     aim: float = 0.0
+    stream: str = "pruned"
 
     paper: ClassVar[str] = "arXiv:2302.04089"
     memory: ClassVar[str] = (
         "one layer, two square matrices of its inner width in float64, and the new o and down matrices of all layers"
     )
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, Way(None, "least-squares", damping=self.damping, aim=self.aim))
+    def __post_init__(self) -> None:
+        if self.stream not in ("pruned", "dense"):
+            raise ValueError(f"stream {self.stream!r} is neither 'pruned' nor 'dense'")
+
+    def way(self) -> Way:
+        return Way(None, "least-squares", self.stream == "pruned", self.damping, self.aim)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import ScoredUnits
 
 
 @dataclass(frozen=True)
-class RandomUnits(UnitMethod):
+class RandomUnits(ScoredUnits):
     """Units are drawn with `seed`, in every layer anew."""
 
     seed: int = 0
@@ -23,10 +22,8 @@ class RandomUnits(UnitMethod):
     paper: ClassVar[str] = ""
     memory: ClassVar[str] = "one layer"
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def score(evidence: Evidence) -> torch.Tensor:
-            return torch.rand(evidence.count, generator=generator)
-
-        return narrow(trunk, asked, Way(score))
+    def score(self, evidence: Evidence) -> torch.Tensor:
+        # another draw for every layer and kind, the same one whenever it is asked for
+        place = f"{self.seed} {evidence.units.layer} {evidence.units.kind} {evidence.first}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
+        return torch.rand(evidence.count, generator=torch.Generator().manual_seed(seed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -16,10 +16,9 @@ from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
 from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.solvers.groups import damped, eliminate, fold, mean_fold
+from llmprune.solvers.groups import damped, eliminate, fold, mean_fold, unlike
 from llmprune.solvers.retarget import retarget
-from llmprune.statistics import DRIFT, GRAM, MOMENTS
-from llmprune.types import UserError
+from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
@@ -34,7 +33,7 @@ class Way:
     `score`: of the units; None: OBS chooses them one after another. `compensate`: what the writing matrix does for what
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
-    puts out in the dense model. `kinds`: statistics that `score` reads.
+    puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
     """
 
     score: Score | None
@@ -43,32 +42,79 @@ class Way:
     damping: float = 0.01
     aim: float = 0.0
     kinds: frozenset[str] = frozenset()
+    unique: bool = False
 
     @property
     def reads(self) -> frozenset[str]:
         """The statistics that are needed."""
-        least_squares = self.score is None or self.compensate == "least-squares"
-        extra = {GRAM: least_squares, DRIFT: self.aim > 0, MOMENTS: self.compensate == "bias"}
+        gram = self.score is None or self.compensate == "least-squares" or self.unique
+        extra = {GRAM: gram, DRIFT: self.aim > 0, MOMENTS: self.compensate == "bias"}
         return self.kinds | {kind for kind, wanted in extra.items() if wanted}
 
 
 class UnitMethod:
-    """What width methods have in common."""
+    """What all width methods have in common."""
 
     kind: ClassVar[str] = "width"
     needs: ClassVar[frozenset[str]] = frozenset({TEXT})
     patterns: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str] = "plain"
     takes_list: ClassVar[bool] = False
-    compensate: str = "none"
+
+    def way(self) -> Way:
+        """How the method goes."""
+        raise NotImplementedError
 
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         """Whether the method can handle a model; raises UserError. Reads no weights."""
-        if self.compensate not in COMPENSATIONS:
-            raise UserError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
-        if self.compensate == "bias":
+        if self.way().compensate == "bias":
             writers = _writers(asked, list(asked.units))
             asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
+
+    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
+        return narrow(trunk, asked, self.way())
+
+
+@dataclass(frozen=True)
+class ScoredUnits(UnitMethod):
+    """A method that scores every unit by itself; those with the lowest scores go.
+
+    `compensate`: what the matrix that units write through does for those that go: "none", "bias" (adds their mean) or
+    "least-squares" (its other columns, by ridge regression with `damping`). `uniqueness`: "gum" multiplies every score by
+    how unlike the other units of its layer a unit is (`unlike`).
+    """
+
+    compensate: str = "none"
+    damping: float = 0.01
+    uniqueness: str = "none"
+
+    kinds: ClassVar[frozenset[str]] = frozenset()  # the statistics that the score reads
+    pruned: ClassVar[bool] = True  # of the pruned stream, or of the dense one
+
+    def __post_init__(self) -> None:
+        for key, known in (("compensate", COMPENSATIONS), ("uniqueness", ("none", "gum"))):
+            if getattr(self, key) not in known:
+                raise ValueError(f"{key} {getattr(self, key)!r} is none of {', '.join(known)}")
+
+    def score(self, evidence: Evidence) -> torch.Tensor:
+        """The scores of the units, U."""
+        raise NotImplementedError
+
+    def way(self) -> Way:
+        unique = self.uniqueness == "gum"
+        return Way(self.score, self.compensate, self.pruned, self.damping, kinds=self.kinds, unique=unique)
+
+
+@dataclass(frozen=True)
+class ModelScores(ScoredUnits):
+    """A method that scores the units of all layers in one go, from the model as a whole."""
+
+    def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        """The score of every unit, by place."""
+        raise NotImplementedError
+
+    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
+        return narrow(trunk, asked, replace(self.way(), score=given(self.scores(trunk, asked))))
 
 
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
@@ -83,8 +129,10 @@ def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
             if dense:
                 plain = [one for one in places if not asked.units[one].stacked]
                 inputs, dense = record(trunk, index, dense, _writers(asked, plain))
-            after = trunk.run(index, states) if states and not way.pruned else None
             layer = _Layer(trunk, index, asked, way, states, inputs)
+            after: States | None = None
+            if states and not way.pruned:
+                layer.stats, after = layer.measured(places), trunk.run(index, states)
             with holding(trunk.units[index].module, layer.starting_values(places)) as held:
                 for half in _halves(places):
                     layer.narrow(half, counts, held, found)
@@ -120,10 +168,19 @@ class _Layer:
     way: Way
     states: States
     inputs: list[Inputs] | None
+    stats: dict[str, Stats] | None = None
 
     @property
     def prefix(self) -> str:
         return self.trunk.units[self.index].prefix
+
+    def measured(self, places: list[Place]) -> dict[str, Stats]:
+        """Statistics of what the units of some places put out, as the layer is now."""
+        kinds, writers = self.way.reads, _writers(self.asked, places)
+        # which tokens an expert sees differs from the dense model
+        beside = None if any(self.asked.units[place].stacked for place in places) else self.inputs
+        kinds = kinds if beside is not None else kinds - {DRIFT}
+        return measure(self.trunk, self.index, self.states, writers, kinds, beside) if kinds and writers else {}
 
     def starting_values(self, places: list[Place]) -> dict[str, torch.Tensor]:
         """Every parameter that may change, by its name in the layer; biases that are new are zeros."""
@@ -144,12 +201,7 @@ class _Layer:
         self, half: list[Place], counts: Mapping[Place, int], held: Mapping[str, torch.Tensor], found: Narrowed
     ) -> None:
         """Choose the units of `half` that go, and change the values that are `held` in the layer."""
-        kinds, stacked = self.way.reads, self.asked.units[half[0]].stacked
-        beside = None if stacked else self.inputs
-        if beside is None:
-            kinds -= {DRIFT}
-        writers = _writers(self.asked, half)
-        stats = measure(self.trunk, self.index, self.states, writers, kinds, beside) if kinds else {}
+        stats = self.stats if self.stats is not None else self.measured(half)
         values = {self.prefix + name: one.data for name, one in held.items()}
         for place in half:
             units, scores = self.asked.units[place], []
@@ -224,6 +276,9 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
         return lowest(score_U, count, evidence.strata), score_U
     if way.score is not None:
         score_U = way.score(evidence)
+        if way.unique:
+            assert evidence.stats is not None
+            score_U = score_U * unlike(evidence.stats.gram_II, evidence.columns_UN).to(score_U)
         return lowest(score_U, count, evidence.strata), score_U
     assert evidence.stats is not None
     system_II = damped(evidence.stats.gram_II, way.damping)

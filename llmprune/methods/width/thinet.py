@@ -7,37 +7,27 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import ScoredUnits
 from llmprune.solvers.groups import joint_energy
 from llmprune.statistics import GRAM
 
 
 @dataclass(frozen=True)
-class ThiNet(UnitMethod):
+class ThiNet(ScoredUnits):
     """Greedily, the unit with which the set T that goes puts out the least: |sum over T of x_u W_u'|^2.
 
     Luo et al. 2017, "ThiNet: A Filter Level Pruning Method for Deep Neural Network Compression", eq. 6 and algorithm 1;
     then least squares on the inputs that stay (the paper scales each of them).
-
-    `compensate`: least-squares, bias or none.
     """
 
     compensate: str = "least-squares"
-    damping: float = 0.01
 
+    kinds: ClassVar[frozenset[str]] = frozenset({GRAM})
     paper: ClassVar[str] = "arXiv:1707.06342"
     memory: ClassVar[str] = (
         "one layer, two square matrices of its inner width in float64, and the new o and down matrices of all layers"
     )
-
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, self._way())
-
-    def _way(self) -> Way:
-        return Way(self.score, self.compensate, damping=self.damping, kinds=frozenset({GRAM}))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         """The place of every unit in the greedy order."""

@@ -7,31 +7,22 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import ScoredUnits
 from llmprune.statistics import MOMENTS
 
 
 @dataclass(frozen=True)
-class WandaSP(UnitMethod):
+class WandaSP(ScoredUnits):
     """The score of an input j of o or down is |x_j| sum_i |W_ij|; that of a unit the sum over its inputs.
 
     An et al. 2024, "Fluctuation-based Adaptive Structured Pruning", section 5.1, where it is the baseline.
-    `compensate`: none, bias or least-squares (with which it is FASP, Hu et al. 2025).
+    With `compensate=least-squares` it is FASP (Hu et al. 2025).
     """
 
-    compensate: str = "none"
-
+    kinds: ClassVar[frozenset[str]] = frozenset({MOMENTS})
     paper: ClassVar[str] = "arXiv:2312.11983"
     memory: ClassVar[str] = "one layer, and with compensation the new o and down matrices of all layers"
-
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, self._way())
-
-    def _way(self) -> Way:
-        return Way(self.score, self.compensate, kinds=frozenset({MOMENTS}))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.stats is not None
