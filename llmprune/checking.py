@@ -17,6 +17,7 @@ from llmprune.checkpoint.source import resolve
 from llmprune.methods import METHODS, PRESETS, method_of
 from llmprune.narrowing import widths
 from llmprune.recipe import Recipe
+from llmprune.rotation_plan import plan_rotation
 from llmprune.types import UserError
 from llmprune.width_plan import plan_width
 
@@ -41,7 +42,9 @@ def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[st
         recipe = Recipe(method=name)
         method = method_of(recipe)
         try:
-            if method.kind == "width":
+            if hasattr(method, "turn"):
+                what = _rotation(model, config, recipe.model_copy(update={"ratio": ratio}))
+            elif method.kind == "width":
                 what = _width(model, config, method, recipe.model_copy(update={"ratio": ratio}))
             else:
                 what = {"weight": _weights, "depth": _layers, "expert": _experts}[method.kind](model)
@@ -78,3 +81,15 @@ def _width(model: PreTrainedModel, config: Any, method: Any, recipe: Recipe) -> 
     after = before - slicing.parameters_removed
     what = f"{' and '.join(left)} a layer stay, {after:,} of {before:,} parameters"
     return {"what": what, "output": f"plain ({plan.config_of(slicing).model_type})", "params_after": after}
+
+
+def _rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> dict[str, Any]:
+    """In a plain class if there is one, else with code of its own."""
+    try:
+        plan = plan_rotation(model, config, recipe)
+    except UserError:
+        plan = plan_rotation(model, config, recipe.model_copy(update={"layout": "remote-code"}))
+    after = sum(one.numel() for one in plan.empty().parameters())
+    what = f"{plan.width} of {plan.stream.hidden} dimensions of the hidden state stay, {after:,} parameters"
+    output = f"plain ({plan.config_of().model_type})" if plan.shared else "remote-code"
+    return {"what": what, "output": output, "params_after": after}

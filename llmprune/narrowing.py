@@ -10,6 +10,7 @@ from llmprune.arch.discover import find_units as find_layers
 from llmprune.checkpoint.narrow import check_shapes
 from llmprune.checkpoint.slicing import Slicing
 from llmprune.checkpoint.surgery import graft
+from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
 from llmprune.restructuring import WEIGHT_KEYS, Restructuring, count
@@ -21,7 +22,7 @@ class Narrowing(Restructuring):
     """A checked recipe of a width method. As for `Job`, creating one writes nothing."""
 
     def _check_amount(self) -> None:
-        self._refuse(("drop_layers", "drop_experts", "layout", *WEIGHT_KEYS), "takes out heads and channels")
+        self._refuse(("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
         check_width(self.recipe)
 
     def _make_plan(self) -> Plan:
@@ -45,10 +46,15 @@ class Narrowing(Restructuring):
 
     # Parts of a run.
 
+    def _decide(self, trunk: Trunk, weights: Streamed | Resident) -> Narrowed:
+        narrowed: Narrowed = self.method.decide(trunk, self._asked)
+        return narrowed
+
     def _settle(self, decision: Any) -> str:
         self._narrowed: Narrowed = decision
         self._slicing = self._width.sliced(decision.removed)
         self._new_config, self._new = self._built(self._width.config_of(self._slicing, list(decision.biases)))
+        self._width.differ(self._slicing, self._new, self._new_config, self._new.config)
         check_shapes(self._new, self._slicing, decision.biases)
         self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
         return "; ".join(f"{kind}: {', '.join(map(str, sizes))} stay" for kind, sizes in widths(self._slicing).items())

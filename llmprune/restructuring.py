@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from llmprune.arch.discover import expert_blocks, expert_count, find_units
 from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
 from llmprune.checkpoint.remote import FILE, add_code, add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
-from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
+from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config, shared_experts
 from llmprune.checkpoint.verify import verify
-from llmprune.engine.absent import entries_for, modules_of, zeros_for
+from llmprune.engine.absent import entries_for, zeros_for
 from llmprune.engine.search import run_without
 from llmprune.engine.trunk import Trunk, holding
 from llmprune.job import Job
@@ -28,6 +29,7 @@ from llmprune.memory import PeakMemory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
+from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
 from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
@@ -35,6 +37,11 @@ from llmprune.weights import REST, Resident, Streamed
 ZEROS = (
     "no plain model class has layers without attention or MLP: where only one half goes, its last matrix is filled "
     "with zeros, which is exact but not smaller; layout=remote-code really leaves it out"
+)
+ROUTER = (
+    "the plain class has one router row an expert, so each group keeps the row of its most used member: tokens that "
+    "went to the others are routed anew, and their gates are not added up (an approximation); layout=remote-code keeps "
+    "all rows"
 )
 # Recipe keys that say which weights become zero: they mean nothing here.
 WEIGHT_KEYS = (
@@ -45,6 +52,9 @@ WEIGHT_KEYS = (
 
 class Restructuring(Job):
     """A checked recipe of a depth or expert method. As for `Job`, creating one writes nothing."""
+
+    # halves of layers that put out nothing, as soon as that is decided
+    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
@@ -142,8 +152,7 @@ class Restructuring(Job):
             reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
-            decision = self.method.decide(trunk, self._asked)
-            self._lay_out(decision, weights)
+            decision = self._decide(trunk, weights)
         reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
             self._cut_in_place()
@@ -160,25 +169,32 @@ class Restructuring(Job):
 
     # Parts of a run.
 
-    def _lay_out(self, decision: Decision, weights: Streamed | Resident) -> None:
-        """Say how halves that put out nothing are stored: left out by an entry for the layer, or filled with zeros."""
+    def _decide(self, trunk: Trunk, weights: Streamed | Resident) -> Any:
+        """What the method says; halves that put out nothing are left out by an entry, or filled with zeros."""
+        decision: Decision = self.method.decide(trunk, self._asked)
         surgery = decision.surgery
         if self.recipe.layout == "remote-code":
             ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-            trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
-            decision.surgery = replace(surgery, entries=entries_for(trunk, surgery.silent))
-        elif surgery.silent:
+            short = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+            entries = entries_for(short, surgery.silent) | shared_experts(self.model, self.config, surgery)
+            decision.surgery = replace(surgery, entries=entries)
+            return decision
+        if surgery.rows:
+            decision.notes["router"] = ROUTER
+            decision.surgery = surgery = replace(surgery, rows={})
+        if surgery.silent:
             decision.notes["halves"] = ZEROS
             decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
+        return decision
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
-        self._decision = decision
+        self._decision, self._silent = decision, decision.surgery.silent
         self._new_config, self._new, self._cut = self._cutter(decision.surgery)
         self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
         scores = decision.scores.items()
-        self._rows = [_row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
-        return _in_words(decision, self.plan)
+        self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
+        return in_words(decision, self.plan)
 
     def _cut_in_place(self) -> None:
         cut_in_place(self.model, self._new, self._cut)
@@ -218,6 +234,7 @@ class Restructuring(Job):
         if REST not in self.output.records:
             outside = [key for key in self.checkpoint.entries if key not in owner]
             rest = {key: self._outside(feeds.get(key, key), self.checkpoint.tensor(key)) for key in outside}
+            rest |= self._beside(weights)
             self.output.write(REST, (1, files), rest, {"decided": decided})
         if self.output.records[REST]["decided"] != decided:
             raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
@@ -235,11 +252,15 @@ class Restructuring(Job):
 
     def _decided(self) -> dict[str, Any]:
         """The decision as it is stored, by which a resumed run knows that it is its own."""
-        return _dropped(self._decision.surgery)
+        return dropped(self._decision.surgery)
 
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         """What becomes of a tensor outside the layers."""
         return tensor
+
+    def _beside(self, weights: Streamed) -> dict[str, torch.Tensor]:
+        """Tensors outside the layers that the old model did not have."""
+        return {}
 
     def _inside(
         self, weights: Streamed, index: int, feeds: dict[str, str], unused: list[str]
@@ -273,8 +294,13 @@ class Restructuring(Job):
             unused,
             of="of the old model, its layers skipped and changed in memory",
             dtype=self.dtype,
+            tolerance=self._tolerance(weights),
             trust_remote_code=trust,
         )
+
+    def _tolerance(self, weights: Streamed) -> float:
+        """How far logits may lie apart, as a share of the largest: values that stay have no rounding of their own."""
+        return 1e-3
 
     def _comparable(self) -> bool:
         """Whether the old model computes the same with layers skipped and other values in the rest."""
@@ -289,7 +315,7 @@ class Restructuring(Job):
             states = trunk.enter()
             for index in self._layers():
                 unit = self.plan.units[index]
-                gone = {(index, half) for half in self._decision.surgery.silent.get(index, ())}
+                gone = {(index, half) for half in self._silent.get(index, ())}
                 with trunk.loaded(index):
                     changed = {
                         name.removeprefix(unit.prefix): value.to(self.device, self.dtype)
@@ -328,7 +354,7 @@ class Restructuring(Job):
         """What the report says of the decision, and how many zeros it put in."""
         decision = self._decision
         structure = {
-            "dropped": _dropped(decision.surgery),
+            "dropped": dropped(decision.surgery),
             "scores": self._rows,
             "changed": sorted(decision.surgery.replaced),
             "figures": decision.figures,
@@ -348,42 +374,3 @@ def _units(kind: str) -> str:
 def count(model: PreTrainedModel) -> int:
     tied = model.all_tied_weights_keys
     return sum(one.numel() for name, one in model.named_parameters() if name not in tied)
-
-
-def _row(key: Any, score: float, surgery: Surgery, plan: Plan, cutter: Cutter) -> dict[str, Any]:
-    """The score of a layer, of an expert or of half a layer, whether it goes, and how many parameters that saves."""
-    index, part = key if isinstance(key, tuple) else (key, None)
-    unit = plan.units[index]
-    name, saved, dropped = unit.name, 0, index in surgery.dropped
-    if isinstance(part, int):
-        name, dropped = f"{unit.name} expert {part}", part not in surgery.experts[index]
-        saved = cutter.saved(index)
-    elif part is not None:
-        name = f"{unit.name} {part}"
-        dropped = dropped or part in surgery.silent.get(index, ())
-        # a half that is filled with zeros saves nothing
-        if index in surgery.dropped or not surgery.replaced:
-            modules = [unit.module.get_submodule(one) for one in modules_of(unit.module, part)]
-            saved = sum(one.numel() for module in modules for one in module.parameters())
-    elif dropped:
-        saved = sum(one.numel() for one in unit.module.parameters())
-    return {"name": name, "score": score, "dropped": dropped, "saved": saved if dropped else 0}
-
-
-def _dropped(surgery: Surgery) -> dict[str, Any]:
-    kept = surgery.experts
-    experts = {str(index): list(stay) for index, stay in kept.items()}
-    return {"layers": list(surgery.dropped), "kept_layers": list(surgery.layers), "kept_experts": experts}
-
-
-def _in_words(decision: Decision, plan: Plan) -> str:
-    surgery = decision.surgery
-    parts = []
-    if surgery.dropped:
-        parts.append(f"layers {', '.join(map(str, surgery.dropped))} of {len(plan.units)} go")
-    if surgery.experts:
-        stay = {len(one) for one in surgery.experts.values()}
-        parts.append(f"{', '.join(map(str, stay))} experts stay in each of {len(surgery.experts)} layers")
-    if surgery.replaced:
-        parts.append(f"{len(surgery.replaced)} parameters change")
-    return "; ".join(parts) or "nothing changes"

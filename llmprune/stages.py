@@ -20,6 +20,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import Restructuring
 from llmprune.result import Result
+from llmprune.rotating import Rotating
 
 Model: TypeAlias = PreTrainedModel | None
 # The job that carries out each kind of method.
@@ -89,7 +90,10 @@ def _job(
 ) -> Result:
     started = time.perf_counter()
     with PeakMemory() as memory:
-        job = KINDS[method_class(recipe.method).kind](recipe, model, tokenizer, data, out)
+        method = method_class(recipe.method)
+        # a method that turns the hidden state is one for the width, but changes every parameter
+        kind = Rotating if hasattr(method, "turn") else KINDS[method.kind]
+        job = kind(recipe, model, tokenizer, data, out)
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:
             return Result(job.describe_plan(), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 from llmprune.allocation.widths import HEADS, Demand, Entry, spread_of
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, Units, find_units
-from llmprune.checkpoint.narrow import Room, check_shapes, narrow_config, with_biases
-from llmprune.checkpoint.skeleton import build_skeleton
+from llmprune.checkpoint.narrow import Room, check_shapes, layer_entries, narrow_config, with_biases
+from llmprune.checkpoint.remote import add_entries
+from llmprune.checkpoint.skeleton import build_skeleton, rebuild_layers
 from llmprune.checkpoint.slicing import Place, Slicing
 from llmprune.methods.structural import Narrow
 from llmprune.recipe import Recipe, nearest
@@ -33,10 +35,12 @@ class WidthPlan:
     room: Room
     asked: Narrow
     shapes: dict[str, torch.Size]
+    ragged: bool = False
 
     def sliced(self, removed: Mapping[Place, list[int]]) -> Slicing:
         """The edit that takes these units out; kinds that the class cannot hold fewer of stay as zeros."""
-        return Slicing(self.asked.units.values(), self.shapes, removed, held=self.room.fixed)
+        units = self.asked.units.values()
+        return Slicing(units, self.shapes, removed, held=self.room.fixed, ragged=self.ragged)
 
     def example(self) -> Slicing:
         """An edit of the size that is known before scores are: as many units gone as will be, or none."""
@@ -45,8 +49,16 @@ class WidthPlan:
 
     def config_of(self, slicing: Slicing, biases: Sequence[str] = ()) -> Any:
         """The new configuration; raises UserError where no class has one."""
-        config = narrow_config(self.model, self.config, slicing)
+        config = copy.deepcopy(self.config) if self.ragged else narrow_config(self.model, self.config, slicing)
         return with_biases(config, biases) if biases else config
+
+    def differ(self, slicing: Slicing, new: PreTrainedModel, *configs: Any) -> None:
+        """Where every layer may have a width of its own: change those of an empty model, and tell configurations."""
+        if self.ragged:
+            entries = layer_entries(self.config, slicing, len(self.roles.layers))
+            rebuild_layers(new, self.roles.path, entries)
+            for one in configs:
+                add_entries(one, self.roles.path, entries)
 
 
 def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan:
@@ -59,13 +71,27 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
         raise UserError(f"all of the {depth} layers are protected; at least one must lose heads or channels")
     room = Room.of(model, config, roles, settings.units or USUAL)
     units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
+    ragged = recipe.layout == "remote-code"
+    if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
+        raise UserError(
+            "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
+            f"even sizes: the experts of every layer have one width. Name other units, as width.units={KV_GROUP}"
+        )
     free = range(settings.protect_first, depth - settings.protect_last)
     losing = {place: one for place, one in units.items() if place[0] in free}
     # where heads become zeros, any number of them may
     heads = room.heads or range(1, max((one.size for one in units.values() if one.kind in HEADS), default=1))
     demand = Demand(losing, _parameters_to_go(model, roles, recipe), heads, settings.round_to)
     asked = _asked(roles, units, demand, spread, lambda names: _check_biases(plan, names))
-    plan = WidthPlan(model, config, roles, room, asked, {name: one.shape for name, one in model.named_parameters()})
+    plan = WidthPlan(
+        model,
+        config,
+        roles,
+        room,
+        asked,
+        {name: one.shape for name, one in model.named_parameters()},
+        recipe.layout == "remote-code",
+    )
     plan.config_of(plan.example())
     return plan
 
@@ -98,6 +124,7 @@ def _asked(roles: Roles, units: dict[Place, Units], demand: Demand, entry: Entry
 def _check_biases(plan: WidthPlan, names: Sequence[str]) -> None:
     slicing = plan.example()
     new = build_skeleton(plan.config_of(slicing, names), torch.float32)
+    plan.differ(slicing, new)
     check_shapes(new, slicing, names)
 
 

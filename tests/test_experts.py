@@ -245,6 +245,35 @@ def test_merged_experts_are_averages_by_use(name: str, tmp_path: Path) -> None:
                 assert torch.allclose(merged, mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss"])
+def test_with_code_of_its_own_every_router_row_stays(name: str, tmp_path: Path) -> None:
+    """The reference: the dense model, each expert replaced by its cluster's average, its router untouched."""
+    source, ids = tiny.save(name, tmp_path / "dense"), tiny.tokens(2, 12)
+    settings: dict[str, Any] = {"method": "hc-smoe", "drop_experts": 0.5, "calibration": TEXT}
+    result = llmprune.prune(source, out=tmp_path / "out", layout="remote-code", **settings)
+    dense = tiny.build(name)
+    for index, block in moe_blocks(dense).items():
+        used = torch.tensor(result.report["structure"]["figures"]["expert_tokens"][str(index)])
+        for cluster in result.report["structure"]["notes"]["clusters"][str(index)]:
+            share = (
+                used[cluster] / used[cluster].sum()
+                if float(used[cluster].sum())
+                else torch.ones(len(cluster)) / len(cluster)
+            )
+            with torch.no_grad():
+                for parameter in block.experts.parameters():
+                    parameter[cluster] = torch.einsum("e,e...->...", share.float(), parameter[cluster])
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    assert float((logits(small, ids) - logits(dense, ids)).abs().max()) <= 1e-5
+    assert sum(one.numel() for one in small.parameters()) == result.report["totals"]["params_after"]
+    plain = llmprune.prune(source, out=tmp_path / "plain", **settings)
+    rows = sum(block.gate.weight[0].numel() if hasattr(block, "gate") else 0 for block in moe_blocks(dense).values())
+    assert result.report["totals"]["params_after"] >= plain.report["totals"]["params_after"] + rows
+    # a model in memory
+    memory = llmprune.prune(tiny.build(name), layout="remote-code", **settings).model
+    assert float((logits(memory, ids) - logits(dense, ids)).abs().max()) <= 1e-5
+
+
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     source = tiny.save("mixtral", tmp_path / "dense")
     for settings, says in (

@@ -142,5 +142,31 @@ def test_what_cannot_be_left_out_is_refused_and_what_is_plain_stays_plain(tmp_pa
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     result = llmprune.prune(tiny.save("llama", tmp_path / "llama"), out=tmp_path / "out", method="shortgpt", **settings)
     assert result.report["layout"] == "plain" and not (tmp_path / "out" / FILE).exists()
+    experts = tiny.save("mixtral", tmp_path / "mixtral")
+    with pytest.raises(UserError, match="experts of every layer"):
+        llmprune.prune(
+            experts, out=tmp_path / "e", method="wanda-sp", ratio=0.2, calibration=TEXT, layout="remote-code"
+        )
     with pytest.raises(UserError, match="always plain"):
         llmprune.prune(source, out=tmp_path / "weights", method="magnitude", sparsity=0.5, layout="remote-code")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "opt"])
+def test_layers_of_different_widths_are_the_padded_ones(name: str, tmp_path: Path) -> None:
+    source, ids = tiny.save(name, tmp_path / "dense"), tiny.tokens(2, 12)
+    settings: dict[str, Any] = {"method": "wanda-sp", "ratio": 0.4, "allocation": "pooled", "calibration": TEXT}
+    padded = llmprune.prune(source, out=tmp_path / "plain", **settings)
+    result = llmprune.prune(source, out=tmp_path / "small", layout="remote-code", **settings)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True).eval()
+    assert float((logits(small, ids) - logits(padded.model, ids)).abs().max()) <= ROUNDING
+    assert_cache_changes_nothing(small, ids)
+    assert padded.report["totals"]["zeros"] > 0 == result.report["totals"]["zeros"]
+    totals = result.report["totals"]
+    assert (
+        totals["params_after"]
+        == count(small)
+        == padded.report["totals"]["params_after"] - padded.report["totals"]["zeros"]
+    )
+    memory = llmprune.prune(tiny.build(name), out=tmp_path / "memory", layout="remote-code", **settings)
+    for one in (memory.model, llmprune.load(tmp_path / "memory")):
+        assert float((logits(one, ids) - logits(small, ids)).abs().max()) <= ROUNDING

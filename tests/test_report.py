@@ -170,7 +170,7 @@ def test_stages_and_scores_are_shown(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", runs)
     text = (tmp_path / "page.html").read_text()
     assert "keep-first, magnitude" in text and "layers 1, 0.3" in text and "2 layers" in text
-    assert "short: Scores of what could go" in text
+    assert "short: Scores of what could go" in text and "short: Similarity of hidden states" in text
     for run in runs:
         assert f"{run['totals']['params_after']:,}" in text
 

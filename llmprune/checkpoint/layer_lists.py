@@ -80,6 +80,14 @@ def top_k(config: Any) -> int:
     return next((value for key in TOP_K if isinstance(value := getattr(text, key, None), int)), 1)
 
 
+def expert_keys(text: Any, count: int) -> list[str]:
+    """The keys that hold the number of routed experts; raises UserError if none is known."""
+    names = [key for key in EXPERT_COUNTS if getattr(text, key, None) == count]
+    if not names:
+        raise UserError(f"{type(text).__name__} has no known key for its number of experts")
+    return names
+
+
 def expert_groups(config: Any) -> int:
     """In how many groups of equal size the router sees the experts (group-limited routing)."""
     return getattr(config.get_text_config(), "n_group", None) or 1
@@ -107,10 +115,7 @@ def _count_experts(text: Any, before: int, after: int) -> None:
         raise UserError(f"{after} experts cannot be split into the router's {groups} groups of at least 2; drop others")
     if groups > 1 and after // groups * (getattr(text, "topk_group", None) or groups) < top_k(text):
         raise UserError(f"{after} experts in {groups} groups leave fewer than top-k choices in the groups of a token")
-    names = [key for key in EXPERT_COUNTS if getattr(text, key, None) == before]
-    if not names:
-        raise UserError(f"{type(text).__name__} has no known key for its number of experts")
-    for key in names:
+    for key in expert_keys(text, before):
         setattr(text, key, after)
 
 

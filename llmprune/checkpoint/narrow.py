@@ -38,10 +38,11 @@ def narrow_config(model: PreTrainedModel, config: Any, slicing: Slicing) -> Any:
     return edited if _accepted(edited) else _hosted(model, edited, layout)
 
 
-def _changes(text: Any, layout: Layout, slicing: Slicing) -> dict[str, Any]:
-    """The new values of configuration keys."""
+def _changes(text: Any, layout: Layout, slicing: Slicing, layer: int | None = None) -> dict[str, Any]:
+    """The new values of configuration keys: for all layers, which are alike, or for one."""
     keys = layout.config
-    widths = {kind: (slicing.width(place), one) for place, one in slicing.units.items() for kind in [place[1]]}
+    places = {place: one for place, one in slicing.units.items() if layer is None or place[0] == layer}
+    widths = {place[1]: (slicing.width(place), one) for place, one in places.items()}
     changes: dict[str, Any] = {}
     heads = getattr(text, keys.heads)
     for kind in (KV_GROUP, QUERY_HEAD):
@@ -64,6 +65,16 @@ def _changes(text: Any, layout: Layout, slicing: Slicing) -> dict[str, Any]:
             epsilon = layout.narrow_hidden.epsilon
             changes[epsilon] = getattr(text, epsilon) * units.count / left
     return changes
+
+
+def layer_entries(config: Any, slicing: Slicing, depth: int) -> list[dict[str, Any]]:
+    """For `modeling_pruned`: the keys of the configuration that have other values in each layer."""
+    layout, text = layout_of(config), config.get_text_config()
+    entries = []
+    for index in range(depth):
+        changes = _changes(text, layout, slicing, index)
+        entries.append({"config": changes} if changes else {})
+    return entries
 
 
 def _accepted(config: Any) -> bool:

@@ -123,7 +123,7 @@ def build_skeleton(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
         if hasattr(config, "pruned_layers") and "auto_map" not in vars(config):
             # cut in memory, so its class does not know how to rebuild itself
-            rebuild(model, config.pruned_path, config.pruned_layers)
+            rebuild(model, config.pruned_path, config.pruned_layers, getattr(config, "pruned_shapes", {}))
     if experts_one_by_one:
         _set_experts_implementation(model, dict.fromkeys(_expert_configs(model), "eager"))
     return model.eval().requires_grad_(False)
@@ -140,10 +140,12 @@ def load_model(
     return model, info
 
 
-def rebuild_layers(model: PreTrainedModel, path: str, entries: list[dict[str, Any]]) -> None:
+def rebuild_layers(
+    model: PreTrainedModel, path: str, entries: list[dict[str, Any]], shapes: dict[str, list[int]] | None = None
+) -> None:
     """Change the layers of a model without weights as `modeling_pruned` will when the checkpoint is loaded."""
     with _parameters_on_meta():
-        rebuild(model, path, entries)
+        rebuild(model, path, entries, shapes or {})
 
 
 @contextlib.contextmanager

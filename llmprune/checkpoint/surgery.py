@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmprune.arch.discover import decoder_layers, expert_blocks, expert_count
-from llmprune.checkpoint.layer_lists import edit_config
+from llmprune.checkpoint.layer_lists import edit_config, expert_keys
+from llmprune.checkpoint.modeling_pruned import LayerConfig
 from llmprune.types import RunError, UserError
 
 
@@ -27,7 +28,8 @@ class Surgery:
 
     `layers`: those that stay, in order. `experts`: which experts of a layer stay, in order; layers not
     named keep all. `replaced`: parameters that get other values, by name, in their shape before the cut.
-    `silent`: halves (attention, MLP) of layers that put out nothing. `entries`: how layers then differ from what
+    `rows`: which of the experts that stay, by its old number, answers each router row of a layer; without it those rows
+    go whose experts go. `silent`: halves (attention, MLP) of layers that put out nothing. `entries`: how layers then differ from what
     their class builds, for `modeling_pruned`.
     """
 
@@ -35,6 +37,7 @@ class Surgery:
     layers: tuple[int, ...]
     experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[int, tuple[int, ...]] = field(default_factory=dict)
     silent: dict[int, tuple[str, ...]] = field(default_factory=dict)
     entries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -48,13 +51,18 @@ class Surgery:
     def dropped(self) -> tuple[int, ...]:
         return tuple(index for index in range(self.depth) if index not in self.layers)
 
+    @property
+    def configured(self) -> Surgery:
+        """What the configuration has to say of it: not how many experts there are, if all router rows stay."""
+        return replace(self, experts={}) if self.rows else self
+
     def with_values(self, replaced: dict[str, torch.Tensor]) -> Surgery:
         return replace(self, replaced={**self.replaced, **replaced})
 
 
 def edited_config(model: PreTrainedModel, config: Any, surgery: Surgery) -> Any:
     """The configuration of the model after `surgery`; raises UserError for what it cannot express."""
-    layers = decoder_layers(model)[1]
+    layers, surgery = decoder_layers(model)[1], surgery.configured
     counts = {index: blocks[0] for index, layer in enumerate(layers) if (blocks := _expert_counts(layer))}
     kept = {len(surgery.experts.get(index, range(counts[index]))) for index in surgery.layers if index in counts}
     if len(kept) > 1:
@@ -62,6 +70,18 @@ def edited_config(model: PreTrainedModel, config: Any, surgery: Surgery) -> Any:
     experts = (counts[min(counts)], kept.pop()) if surgery.experts and kept else None
     sparse = [bool(index in counts) for index in range(surgery.depth)]
     return edit_config(config, surgery.layers, surgery.depth, sparse, experts)
+
+
+def shared_experts(model: PreTrainedModel, config: Any, surgery: Surgery) -> dict[int, dict[str, Any]]:
+    """For `modeling_pruned`: the expert blocks of which fewer experts stay than router rows do."""
+    layers, entries = decoder_layers(model)[1], {}
+    for index, rows in surgery.rows.items():
+        ((path, block),) = expert_blocks(layers[index])
+        keys = expert_keys(config.get_text_config(), expert_count(block))
+        kept = surgery.experts[index]
+        places = [kept.index(expert) for expert in rows]
+        entries[index] = {"experts": {path: {"config": dict.fromkeys(keys, len(kept)), "rows": places}}}
+    return entries
 
 
 def _expert_counts(layer: nn.Module) -> list[int]:
@@ -89,7 +109,7 @@ class Cutter:
                 "its layers cannot be dropped"
             )
         counts = None
-        if surgery.experts:
+        if surgery.configured.experts:
             index, stay = next(iter(surgery.experts.items()))
             counts = (_expert_counts(old_layers[index])[0], len(stay))
         for place, index in enumerate(surgery.layers):
@@ -211,8 +231,11 @@ def graft(
             if not key.startswith("_") and not isinstance(value, PreTrainedConfig):
                 setattr(mine, key, value)
         for module in fresh.modules():
-            if getattr(module, "config", None) is theirs:
+            own = getattr(module, "config", None)
+            if own is theirs:
                 module.config = mine
+            elif isinstance(own, LayerConfig) and own.shared is theirs:
+                own.shared = mine
     for name, module in new.named_modules():
         if not f"{name}.".startswith(f"{path}."):
             vars(model.get_submodule(name)).update({k: v for k, v in vars(module).items() if type(v) is int})

@@ -24,9 +24,10 @@ def verify(
     *,
     of: str = "in memory",
     dtype: torch.dtype | str = "auto",
+    tolerance: float = 1e-3,
     trust_remote_code: bool = False,
 ) -> str:
-    """Reload `folder` with plain `from_pretrained`; compare logits with those that `expected` gives for token ids (those `of` what, in words, computed in `dtype`).
+    """Reload `folder` with plain `from_pretrained`; compare logits with those that `expected` gives for token ids (those `of` what, in words, computed in `dtype`), to `tolerance` of the largest.
 
     A checkpoint too large for a second copy is not reloaded: its bytes were compared as they were
     written. Returns what was done, for the report. Raises RunError if the model is not what was pruned.
@@ -45,7 +46,7 @@ def verify(
         raise RunError("the saved model gives NaN or infinity")
     if expected is not None:
         gap = float((found - expected(ids).float().cpu()).abs().max())
-        if gap > 1e-3 * max(float(found.abs().max()), 1.0):
+        if gap > tolerance * max(float(found.abs().max()), 1.0):
             raise RunError(f"the saved model's logits differ from those expected by {gap:.2e}")
     if (folder / FILE).exists():
         gap = float((_logits_with_cache(model, ids) - found).abs().max())

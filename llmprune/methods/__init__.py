@@ -50,6 +50,8 @@ METHODS = {
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
     "expert-subset": "llmprune.methods.expert.subset:ExpertSubset",
+    "modegpt": "llmprune.methods.width.modegpt:MoDeGPT",
+    "slicegpt": "llmprune.methods.width.slicegpt:SliceGPT",
     "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
 }
 

@@ -49,9 +49,19 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
     if experts:
         charts["Tokens of each expert"] = _expert_load(experts)
     for number, stage in enumerate(run.get("stages", [run]), 1):
-        if stage.get("structure", {}).get("scores"):
-            title = "Scores of what could go" + (f" (stage {number})" if "stages" in run else "")
-            charts[title] = _scores(stage["structure"]["scores"], stage["recipe"]["method"])
+        structure, which = stage.get("structure", {}), f" (stage {number})" if "stages" in run else ""
+        if structure.get("scores"):
+            charts[f"Scores of what could go{which}"] = _scores(structure["scores"], stage["recipe"]["method"])
+        if "similarity" in structure.get("figures", {}):
+            charts[f"Similarity of hidden states{which}"] = _similarity(structure["figures"]["similarity"])
+        if "expert_tokens" in structure.get("figures", {}):
+            charts[f"Tokens of each expert{which}"] = _expert_load(
+                [
+                    {"layer": int(layer), "matrix": f"expert {expert}", "tokens": count}
+                    for layer, counts in structure["figures"]["expert_tokens"].items()
+                    for expert, count in enumerate(counts)
+                ]
+            )
     for number, recovery in enumerate(run.get("recovery", []), 1):
         if recovery.get("curve"):
             charts["Recovery" + (f" {number}" if len(run["recovery"]) > 1 else "")] = _training(recovery)
@@ -152,6 +162,31 @@ def _scores(rows: list[dict[str, Any]], method: str) -> alt.Chart:
             tooltip=["layer:O", "part:N", alt.Tooltip("score:Q", format=".4g"), "what:N", "saved:Q"],
         )
         .properties(width="container", height=220)
+    )
+
+
+def _similarity(cosines: list[list[float]]) -> alt.Chart:
+    """The cosine of every pair of hidden states; state k enters layer k, the last one leaves the last layer."""
+    values = [
+        {"first": first, "second": second, "cosine": cosine}
+        for first, row in enumerate(cosines)
+        for second, cosine in enumerate(row)
+    ]
+    return (
+        alt.Chart(alt.Data(values=values))
+        .mark_rect()
+        .encode(
+            x=alt.X("first:O", title="hidden state before layer", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+            y=alt.Y("second:O", title="hidden state before layer", axis=alt.Axis(labelOverlap=True)),
+            color=alt.Color(
+                "cosine:Q",
+                title="cosine",
+                scale=alt.Scale(scheme="viridis"),
+                legend=alt.Legend(orient="top", gradientLength=200, format=".2g"),
+            ),
+            tooltip=["first:O", "second:O", alt.Tooltip("cosine:Q", format=".3f")],
+        )
+        .properties(width="container", height=min(max(ROW * len(cosines), 120), 480))
     )
 
 

@@ -7,47 +7,30 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.checkpoint.surgery import Surgery
-from llmprune.engine.fold import folded, measure
 from llmprune.engine.trunk import States, Trunk
-from llmprune.methods.structural import TEXT, Decision, Drop
-from llmprune.methods.windows import inner_window
+from llmprune.methods.structural import Decision, Drop
+from llmprune.methods.windows import FoldedWindow
 
 
 @dataclass(frozen=True)
-class LinearPatch:
+class LinearPatch(FoldedWindow):
     """The state at the cut is multiplied by H diag(s) H' with a Hadamard matrix H and s_c = E|y_c| / E|x_c|.
 
     Chen et al. 2025, "A Simple Linear Patch Revives Layer-Pruned Large Language Models", section 3: x enters and y
     leaves the window, both in the basis H. The patch is a matrix on the whole state, which no plain class has a place
     for. Deviation, for plain output: the MLP before the window is fitted (least squares, as ReplaceMe) to give
     the patched state. Where the width is no power of two, H is block-diagonal.
-
-    `damping`: of that fit; see replaceme.
     """
 
-    damping: float = 0.01
-
-    kind: ClassVar[str] = "depth"
-    needs: ClassVar[frozenset[str]] = frozenset({TEXT})
-    patterns: ClassVar[tuple[str, ...]] = ()
-    output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2505.24680"
-    takes_list: ClassVar[bool] = True
-    memory: ClassVar[str] = "one layer, its activations, and those of n + 1 layers to find the window"
-
-    def __post_init__(self) -> None:
-        if self.damping < 0:
-            raise ValueError(f"damping {self.damping} must not be negative")
 
     def decide(self, trunk: Trunk, drop: Drop) -> Decision:
-        window, scores = inner_window(trunk, drop)
-        before = window[0] - 1
-        fit = measure(trunk, before, window[-1], _patched)
-        map_DD, error = fit.solve(self.damping)
-        surgery = Surgery.drop(drop.depth, window).with_values(folded(trunk, before, map_DD))
-        notes = {"squared_distance_to_patch_dropped": fit.error_before, "squared_distance_to_patch_fitted": error}
-        return Decision(surgery, scores, {}, notes)
+        decision, dropped, fitted = self.fold(trunk, drop, _patched)
+        decision.notes = {
+            "squared_distance_to_patch_dropped": dropped,
+            "squared_distance_to_patch_fitted": fitted,
+        }
+        return decision
 
 
 def _patched(before: States, after: States) -> States:

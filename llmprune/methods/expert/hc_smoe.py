@@ -15,11 +15,6 @@ from llmprune.engine.routing import Routed
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import TEXT, Decision, DropExperts
 
-ROUTER = (
-    "the plain class has one router row an expert, so each cluster keeps the row of its most used member: tokens that "
-    "went to the others are routed anew, and their gates are not added up (an approximation)"
-)
-
 
 @dataclass(frozen=True)
 class HCSMoE:
@@ -53,6 +48,7 @@ class HCSMoE:
         each_routing(trunk, drop.layers, take)
         kept: dict[int, tuple[int, ...]] = {}
         replaced: dict[str, torch.Tensor] = {}
+        rows: dict[int, tuple[int, ...]] = {}
         clusters: dict[str, list[list[int]]] = {}
         for index in drop.layers:
             mean_ED = torch.stack(sums[index]) / tokens[index]
@@ -60,10 +56,12 @@ class HCSMoE:
             clusters[str(index)] = found
             most_used = [max(one, key=lambda expert: (float(used[index][expert]), -expert)) for one in found]
             kept[index] = tuple(sorted(most_used))
+            answers = {expert: place for one, place in zip(found, most_used, strict=True) for expert in one}
+            rows[index] = tuple(answers[expert] for expert in range(drop.experts))
             replaced.update(_averaged(trunk, index, found, most_used, used[index]))
-        surgery = Surgery(drop.depth, tuple(range(drop.depth)), kept).with_values(replaced)
+        surgery = Surgery(drop.depth, tuple(range(drop.depth)), kept, replaced, rows=rows)
         figures = {"expert_tokens": {str(index): one.tolist() for index, one in used.items()}}
-        return Decision(surgery, {}, figures, {"clusters": clusters, "router": ROUTER})
+        return Decision(surgery, {}, figures, {"clusters": clusters})
 
 
 def _in_groups(mean_ED: torch.Tensor, drop: DropExperts) -> list[list[int]]:
