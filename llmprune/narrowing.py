@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ class Narrowing(Restructuring):
         return plan
 
     # Parts of a run.
+
+    def _lay_out(self, decision: Any, weights: Streamed | Resident) -> None:
+        """The edit itself knows what stays as zeros."""
 
     def _settle(self, decision: Any) -> str:
         self._narrowed: Narrowed = decision
@@ -101,6 +105,9 @@ class Narrowing(Restructuring):
 
     def _comparable(self) -> bool:
         return True
+
+    def _silent(self, index: int) -> Iterable[str]:
+        return ()
 
     def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
         unit, slicing, values = self.plan.units[index], self._slicing, self._narrowed.values

@@ -289,7 +289,7 @@ class Restructuring(Job):
             states = trunk.enter()
             for index in self._layers():
                 unit = self.plan.units[index]
-                gone = {(index, half) for half in self._decision.surgery.silent.get(index, ())}
+                gone = {(index, half) for half in self._silent(index)}
                 with trunk.loaded(index):
                     changed = {
                         name.removeprefix(unit.prefix): value.to(self.device, self.dtype)
@@ -298,6 +298,10 @@ class Restructuring(Job):
                     with holding(unit.module, changed):
                         states = run_without(trunk, index, states, gone)
             return trunk.logits(0, states[0])
+
+    def _silent(self, index: int) -> Iterable[str]:
+        """The halves of a kept layer that put out nothing in the new model."""
+        return self._decision.surgery.silent.get(index, ())
 
     def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
         """The parameters of a loaded layer of the old model that have other values in the new one."""
