@@ -19,7 +19,7 @@ from llmprune.narrowing import widths
 from llmprune.recipe import Recipe
 from llmprune.rotation_plan import plan_rotation
 from llmprune.types import UserError
-from llmprune.width_plan import plan_width
+from llmprune.width_plan import WidthPlan, plan_width
 
 
 def check(model: str, *, ratio: float = 0.25, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -38,14 +38,19 @@ def check(model: str, *, ratio: float = 0.25, trust_remote_code: bool = False) -
 
 
 def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[str, Any]]:
+    # the same for all width methods, and the most work
+    plan: WidthPlan | UserError
+    try:
+        plan = plan_width(model, config, Recipe(ratio=ratio, allocation="uniform"))
+    except UserError as error:
+        plan = error
     for name in (*PRESETS, *METHODS):
-        recipe = Recipe(method=name)
-        method = method_of(recipe)
+        method = method_of(Recipe(method=name))
         try:
             if hasattr(method, "turn"):
-                what = _rotation(model, config, recipe.model_copy(update={"ratio": ratio}))
+                what = _rotation(model, config, Recipe(method=name, ratio=ratio))
             elif method.kind == "width":
-                what = _width(model, config, method, recipe.model_copy(update={"ratio": ratio}))
+                what = _width(model, method, plan)
             else:
                 what = {"weight": _weights, "depth": _layers, "expert": _experts}[method.kind](model)
         except UserError as error:
@@ -72,8 +77,9 @@ def _experts(model: PreTrainedModel) -> dict[str, Any]:
     return {"what": f"{max(counts)} experts in each of {len(counts)} layers", "output": "plain"}
 
 
-def _width(model: PreTrainedModel, config: Any, method: Any, recipe: Recipe) -> dict[str, Any]:
-    plan = plan_width(model, config, recipe)
+def _width(model: PreTrainedModel, method: Any, plan: WidthPlan | UserError) -> dict[str, Any]:
+    if isinstance(plan, UserError):
+        raise plan
     method.check(model, plan.asked)
     slicing = plan.example()
     left = [f"{', '.join(map(str, counts))} {kind}s" for kind, counts in widths(slicing).items()]

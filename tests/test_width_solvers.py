@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, KV_GROUP, find_units
+from llmprune.arch.units import CHANNEL, KV_GROUP, Units, find_units
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.group_fisher import GroupFisher
@@ -239,10 +240,13 @@ def test_thinet_adds_the_unit_that_costs_least() -> None:
 # How much goes where.
 
 
-def demand(parameters: int, **options: object) -> Demand:
-    units = find_units(Roles(tiny.build("qwen3")), [KV_GROUP, CHANNEL])
-    settings: dict[str, object] = {"heads": (1,), "step": 4, **options}
-    return Demand({(one.layer, one.kind): one for one in units}, parameters, **settings)  # type: ignore[arg-type]
+@cache
+def units_of_qwen() -> list[Units]:
+    return find_units(Roles(tiny.build("qwen3")), [KV_GROUP, CHANNEL])
+
+
+def demand(parameters: int) -> Demand:
+    return Demand({(one.layer, one.kind): one for one in units_of_qwen()}, parameters, heads=(1,), step=4)
 
 
 def removed(ask: Demand, counts: dict) -> int:

@@ -141,7 +141,9 @@ def main() -> None:
         for label in arguments.methods:
             rows_of(name, [label], saved["results"].setdefault(name, {}))
             saved["environment"] = record.environment()
-            saved["environment"]["command"] = "python scripts/bench/width.py"
+            commands = [*saved.get("commands", []), saved["environment"]["command"]]
+            saved["commands"] = list(dict.fromkeys(commands))
+            saved["environment"]["command"] = "; ".join(saved["commands"])
             saved["note"] = arguments.note or saved.get("note", "")
             text = markdown(saved["results"], f"{saved['protocol']} {saved['note']}".strip())
             record.save("width", saved, text)
