@@ -90,7 +90,7 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
         room,
         asked,
         {name: one.shape for name, one in model.named_parameters()},
-        recipe.layout == "remote-code",
+        ragged,
     )
     plan.config_of(plan.example())
     return plan
