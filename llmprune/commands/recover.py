@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,8 @@ def recover(
     result = api.recover(
         folder, out=out, recipe=recipe, resume=resume, overwrite=overwrite, reporter=Reporter(quiet=quiet), **given
     )
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes one speaks
     if as_json:
         print(json.dumps(result.report))
     else:
