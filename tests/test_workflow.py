@@ -13,7 +13,7 @@ import yaml
 from runner import Forked, Steps, cli
 
 import llmprune
-from llmprune import UserError
+from llmprune import UserError, hub
 from llmprune.report.page import read_run
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -108,6 +108,8 @@ def test_a_budget_is_found_then_pruned_recovered_and_shown(tmp_path: Path) -> No
     for run in (pruned, recovered):
         assert f"{run['evaluation']['perplexity']['demo']['ppl']:.3f}" in page
     assert "Budget ppl&lt;=1.2x" in page and "recovered: Recovery" in page
+    card = hub.push(tmp_path / "out" / "recovered", "you/small", dry_run=True)["card"]
+    assert "Method: `magnitude`, 0." in card and "Recovered by `finetune`" in card and "2 steps" in card
     again = cli(*command)
     assert "begins" not in again.err
     # what is lost is made again, and nothing else

@@ -38,7 +38,10 @@ def run(
     if as_json:
         print(json.dumps(result.report))
         return
-    print(
-        f"{result.folder}: the model"
-        + (f"; {out / 'report.html'}: the report" if (out / "report.html").exists() else "")
-    )
+    measured = result.report.get("evaluation", {})
+    for text, row in measured.get("perplexity", {}).items():
+        dense = measured["baseline"]["perplexity"][text]["ppl"]
+        print(f"perplexity on {text}: {row['ppl']:.3f} (dense {dense:.3f})")
+    print(f"{result.folder}: the model")
+    if (out / "report.html").is_file():
+        print(f"{out / 'report.html'}: the report")
