@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from llmprune import ranks
 from llmprune.commands import AsJson, Model, Quiet, Trust
 from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
@@ -97,10 +98,12 @@ def prune(
     }
     given.update(_settings(settings or []))
     model = model or _model_of(recipe)
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or not ranks.leads())
     result = api.prune(
         model, out=out, recipe=recipe, resume=resume, overwrite=overwrite, dry_run=dry_run, reporter=reporter, **given
     )
+    if not ranks.leads():
+        return
     if as_json:
         print(json.dumps(result.report))
     elif dry_run:
@@ -223,7 +226,8 @@ def _achieved(report: dict[str, Any]) -> str:
 
 
 def _fail(code: int, text: str) -> NoReturn:
-    errors.print(f"error: {text}", markup=False, style="red", soft_wrap=True)
+    if ranks.current().speaks:
+        errors.print(f"error: {text}", markup=False, style="red", soft_wrap=True)
     sys.exit(code)
 
 
@@ -241,6 +245,8 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     resumable = "prune" in sys.argv[1:2]
+    if ranks.launched() and sys.argv[1:] and not resumable:
+        _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
     hint = "\nwhat is finished is kept; run the same command with --resume to go on" if resumable else ""
     try:
         app()
@@ -249,4 +255,5 @@ def main() -> None:
     except RunError as error:
         _fail(1, f"{error}{hint}")
     except _Interrupted:
-        _fail(1, f"interrupted{hint}")
+        others = "; if it was not you, another process of the run has ended" if ranks.launched() else ""
+        _fail(1, f"interrupted{others}{hint}")

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llmprune import __version__, calibration
+from llmprune import __version__, calibration, ranks
 from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.calibration import Tokens
-from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
+from llmprune.engine.share import Share, share_out
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
@@ -44,7 +45,7 @@ class Job:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self._ranks = recipe, ranks.current()
         self._kernels: dict[str, Any] = {}
         self.method: Any = method_of(recipe)
         self._check_amount()
@@ -64,7 +65,8 @@ class Job:
         self.plan = self._make_plan()
         reads = bool(self.method.needs) or entry(recipe.allocation).measures
         self.tokens = self._read_tokens() if reads else None
-        self.output = None if out is None else Output(Path(out), self.fingerprint())
+        self._share = self._shared(recipe.engine.batch_size)
+        self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self._ranks)
 
     def _check_amount(self) -> None:
         """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
@@ -86,7 +88,7 @@ class Job:
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
             everywhere = self.recipe.calibration.all_experts
             with self._prepared(weights):
-                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
+                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._share)
 
         dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
         with torch.no_grad():
@@ -115,7 +117,7 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs)
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._share, self._epochs)
         done = weights.done()
         if done:
             reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
@@ -128,7 +130,7 @@ class Job:
                 if not self.method.needs:
                     pruning.run_without_data()
                 else:
-                    pruning.run_on(self.model, self._batches())
+                    pruning.run_on(self.model)
         finally:
             reporter.stop()
         if self.output is None:
@@ -209,9 +211,13 @@ class Job:
         calibration.check_vocabulary("the calibration data", largest, self.model.get_input_embeddings())
         return tokens
 
-    def _batches(self) -> list[dict[str, Any]]:
-        assert self.tokens is not None
-        return [{"input_ids": one.to(self.device)} for one in self.tokens.batches(self.recipe.engine.batch_size)]
+    def _shared(self, batch_size: int) -> Share:
+        """The calibration batches that this process runs; raises UserError if there are too few to go round."""
+        ordered = self.recipe.engine.reduce == "ordered"
+        batches = self.tokens.batches(batch_size) if self.tokens is not None else []
+        mine = share_out(batches, self._ranks, ordered=ordered)
+        inputs = [{"input_ids": one.to(self.device)} for one in mine.values()]
+        return Share(inputs, list(mine), self._ranks, ordered)
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
@@ -295,6 +301,7 @@ class Job:
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
                 "kernels": self._kernels,
+                "processes": self._ranks.count,
                 "threads": torch.get_num_threads(),
                 "processor": platform.machine(),
             },

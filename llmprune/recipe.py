@@ -61,6 +61,9 @@ class Engine(_Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the forward passes"
     )
+    reduce: Literal["sum", "ordered"] = Field(
+        default="sum", description="ordered: the number of processes changes no byte; slower, and more memory"
+    )
 
 
 class Override(_Strict):

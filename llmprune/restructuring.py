@@ -41,6 +41,8 @@ class Restructuring(Job):
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
+        if self._ranks.count > 1:
+            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
         for key in WEIGHT_KEYS:
             if getattr(recipe, key) != type(recipe).model_fields[key].get_default(call_default_factory=True):
                 raise UserError(f"{key} has no meaning for {recipe.method!r}, which leaves out whole {_units(kind)}")
@@ -127,7 +129,7 @@ class Restructuring(Job):
         weights = self._weights(writing=True)
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
+            trunk = Trunk(self.model, self.plan.units, self._share.batches, weights)
             decision: Decision = self.method.decide(trunk, self._asked)
         self._new_config, new, cutter = self._cutter(decision.surgery)
         self._totals = {"params_before": _count(self.model), "params_after": _count(new)}

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
+from llmprune import ranks
 from llmprune.checkpoint.output import REPORT_NAME, Output
 from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
@@ -19,6 +20,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import STRUCTURAL, Restructuring
 from llmprune.result import Result
+from llmprune.types import UserError
 
 Model: TypeAlias = PreTrainedModel | None
 
@@ -43,6 +45,8 @@ def run(
     stages = stages_of(recipe)
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
+    if ranks.current().count > 1:
+        raise UserError("stages run in one process: start each as a run of its own, or without torchrun")
     if out is not None:
         out = out.expanduser().resolve()
         source = None if model is not None else resolve(recipe.model)

@@ -98,13 +98,18 @@ class Output:
 
         `place`: the number of this file, from 1, and how many there will be.
         """
-        name = f"model-{place[0]:05d}-of-{place[1]:05d}.safetensors"
+        line = self._line(unit, place, tensors, record)
         if tensors:
-            self._save(name, tensors)
-            self._compare(name, tensors)
-        line = {"unit": unit, "file": name if tensors else None, "bytes": _size(tensors), **record}
+            self._save(line["file"], tensors)
+            self._compare(line["file"], tensors)
         self._append(line)
         self.records[unit] = line
+
+    def _line(
+        self, unit: str, place: tuple[int, int], tensors: dict[str, torch.Tensor], record: dict[str, Any]
+    ) -> dict[str, Any]:
+        name = f"model-{place[0]:05d}-of-{place[1]:05d}.safetensors" if tensors else None
+        return {"unit": unit, "file": name, "bytes": _size(tensors), **record}
 
     def written(self, unit: str) -> Checkpoint | None:
         """The stored tensors of a finished unit, for running through it again."""

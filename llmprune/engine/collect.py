@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from llmprune.arch.discover import expert_blocks
 from llmprune.engine.dense import Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.engine.suspend import Call
-from llmprune.statistics import Stats
+from llmprune.statistics import Sums
 from llmprune.types import RunError
 
 IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
@@ -26,14 +27,14 @@ class _Enough(BaseException):
 class Collector:
     """Statistics of the inputs of `wanted` parameters, shared between products that read the same tensor."""
 
-    def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str]) -> None:
+    def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str], *, ordered: bool = False) -> None:
         self._wanted = wanted
-        self._kinds = kinds
+        self.kinds, self._ordered = kinds, ordered
         self._seen: list[tuple[Product, InputKey]] = []
         self._muted = False  # what is seen meanwhile does not count
         self._replayed: dict[str, list[torch.Tensor]] | None = None  # where inputs of a replay go
         self._enough: int | None = None
-        self.stats: dict[str, Stats] = {}
+        self.sums: dict[str, Sums] = {}
         self.transposed: dict[str, bool] = {}
 
     def run(
@@ -43,18 +44,19 @@ class Collector:
         *,
         all_experts: bool = False,
         dense: list[Inputs] | None = None,
+        numbers: Iterable[int] | None = None,
     ) -> None:
         """Call `module` on every captured `(args, kwargs)`; outputs are dropped.
 
         `all_experts`: every token counts for every expert. `dense`: what each call's matrices see in the
-        dense model, to be compared with what they see here.
+        dense model, to be compared with what they see here. `numbers`: of the batches, if not from 0.
         """
         # held by no attribute: a cycle would keep the weights of a finished layer until the next collection
         observe = Observe(self._wanted, self._see)
         blocks = [block for _, block in expert_blocks(module)]
-        for number, (args, kwargs) in enumerate(calls):
+        for place, (number, (args, kwargs)) in enumerate(zip(numbers or itertools.count(), calls, strict=False)):
             given = [(one, one._version) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-            beside = dense[number] if dense is not None else None
+            beside = dense[place] if dense is not None else None
             with contextlib.suppress(_Enough), observe, self._at_blocks(blocks, all_experts, beside):
                 module(*args, **kwargs)
             if any(one._version != version for one, version in given):
@@ -133,13 +135,13 @@ class Collector:
             groups.setdefault(its_keys, []).append(name)
         updated: set[int] = set()
         for names in groups.values():
-            stats = self._shared(names, inputs[names[0]][0].x_TI)
-            if id(stats) in updated:
+            sums = self._shared(names, inputs[names[0]][0].x_TI)
+            if id(sums) in updated:
                 raise RunError(f"{names[0]} shares its input in one batch and not in another; exclude it")
-            updated.add(id(stats))
+            updated.add(id(sums))
             for product in inputs[names[0]]:
                 beside = [dense.next_of(name) for name in names] if dense is not None else [None]
-                stats.update(product.x_TI, beside[0])
+                stats = sums.update(batch, product.x_TI, beside[0])
                 if not bool(torch.isfinite(stats.square_sums_I).all()):
                     self._check_weights()
                     raise RunError(_not_finite(product.x_TI, product.name, batch))
@@ -151,15 +153,14 @@ class Collector:
             if not bool(torch.isfinite(parameter).all()):
                 raise RunError(f"{name} holds NaN or infinity; the checkpoint is damaged: download it again")
 
-    def _shared(self, names: list[str], x_TI: torch.Tensor) -> Stats:
-        known = {id(self.stats[name]) for name in names if name in self.stats}
+    def _shared(self, names: list[str], x_TI: torch.Tensor) -> Sums:
+        known = {id(self.sums[name]) for name in names if name in self.sums}
         if len(known) > 1:
             raise RunError(f"{', '.join(names)} share an input in one batch and not in another; exclude one of them")
-        stats = next((self.stats[name] for name in names if name in self.stats), None)
-        stats = stats or Stats(x_TI.shape[1], self._kinds, x_TI.device)
-        for name in names:
-            self.stats[name] = stats
-        return stats
+        sums = next((self.sums[name] for name in names if name in self.sums), None)
+        sums = sums or Sums(x_TI.shape[1], self.kinds, x_TI.device, ordered=self._ordered)
+        self.sums.update(dict.fromkeys(names, sums))
+        return sums
 
 
 def _not_finite(x_TI: torch.Tensor, name: str, batch: int) -> str:
