@@ -187,6 +187,8 @@ def _model_of(recipe: Path | None) -> str:
 
 
 def _show_plan(report: dict[str, Any]) -> None:
+    from llmprune.forecast import Forecast
+
     totals = report["totals"]
     if "structure" in report:
         structure = report["structure"]
@@ -200,6 +202,7 @@ def _show_plan(report: dict[str, Any]) -> None:
         f"{len(report['tensors'])} matrices, {totals['zeros']:,} of {totals['weights']:,} weights would become zero; "
         f"{len(report['left_alone'])} others are left alone"
     )
+    print(Forecast(**report["forecast"]))
 
 
 def _show_result(report: dict[str, Any], out: Path | None) -> None:

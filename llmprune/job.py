@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llmprune import __version__, calibration, ranks
+from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.shared_output import SharedOutput
@@ -25,6 +26,8 @@ from llmprune.checkpoint.source import Checkpoint, companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine.share import Share, share_out
+from llmprune.fitting import ENGINE, halve_batches, look_ahead, settle
+from llmprune.forecast import Forecast
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
@@ -33,9 +36,10 @@ from llmprune.methods import epochs_of, method_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
+from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.types import MatrixSpec, UserError
+from llmprune.types import MatrixSpec, RunError, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
 
@@ -45,7 +49,7 @@ class Job:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
     ) -> None:
-        self.recipe, self._ranks = recipe, ranks.current()
+        self.recipe, self.ranks = recipe, current()
         self._kernels: dict[str, Any] = {}
         self.method: Any = method_of(recipe)
         self._check_amount()
@@ -65,15 +69,17 @@ class Job:
         self.plan = self._make_plan()
         reads = bool(self.method.needs) or entry(recipe.allocation).measures
         self.tokens = self._read_tokens() if reads else None
-        self._share = self._shared(recipe.engine.batch_size)
-        self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self._ranks)
+        self.share = self._shared(recipe.engine.batch_size)
+        self.forecast: Forecast | None = None
+        self.notes: list[str] = []  # what the user should know of how the run went
+        self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
 
     def _check_amount(self) -> None:
         """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
         if self.method.kind != "weight":
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
-        self._epochs = epochs_of(self.recipe)
+        self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(self.recipe.allocation)
 
     def _make_plan(self) -> Plan:
@@ -87,8 +93,8 @@ class Job:
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
             everywhere = self.recipe.calibration.all_experts
-            with self._prepared(weights):
-                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._share)
+            with self.prepared(weights):
+                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self.share)
 
         dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
         with torch.no_grad():
@@ -117,20 +123,18 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._share, self._epochs)
-        done = weights.done()
+        done = weights.done() - {REST, ENGINE}
         if done:
-            reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
+            reporter.say(f"resuming: {len(done)} of {len(self.plan.units)} layers are done")
+        settle(self, weights, reporter, started, resumed=bool(done))
         known = sum(s.count for u in self.plan.units if u.name in done for s in u.matrices)
         reporter.start(sum(spec.count for spec in self.plan.specs()), known)
         try:
-            with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
-                if isinstance(weights, Streamed) and REST not in done:
+            with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
+                if isinstance(weights, Streamed) and REST not in weights.done():
                     weights.commit_rest()
-                if not self.method.needs:
-                    pruning.run_without_data()
-                else:
-                    pruning.run_on(self.model)
+                while not self._prune(weights, reporter):
+                    halve_batches(self, weights, reporter)
         finally:
             reporter.stop()
         if self.output is None:
@@ -158,9 +162,32 @@ class Job:
             "left_alone": self.plan.left_alone,
             "calibration": self._describe_calibration(),
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
+            "forecast": dataclasses.asdict(look_ahead(self, self._weights(writing=False))),
         }
 
     # Parts of a run.
+
+    def _prune(self, weights: Streamed | Resident, reporter: Reporter) -> bool:
+        """Solve all matrices; False if the device ran out of memory and a smaller batch may help."""
+        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self.share, self.epochs)
+        try:
+            if self.method.needs:
+                pruning.run_on(self.model)
+            else:
+                pruning.run_without_data()
+        except torch.OutOfMemoryError as error:
+            # a resident layer may be half pruned, and other processes wait in their own batches
+            if self.recipe.engine.batch_size == 1 or self.ranks.count > 1 or isinstance(weights, Resident):
+                raise RunError(
+                    f"{self.device} is out of memory; give a smaller --batch-size, fewer --samples, or more processes"
+                ) from error
+            return False
+        return True
+
+    def use_engine(self, **settings: Any) -> None:
+        """Run with another schedule or batch size than the recipe says."""
+        self.recipe = self.recipe.model_copy(update={"engine": self.recipe.engine.model_copy(update=settings)})
+        self.share = self._shared(self.recipe.engine.batch_size)
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
@@ -169,7 +196,7 @@ class Job:
         return Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
 
     @contextlib.contextmanager
-    def _prepared(self, weights: Streamed | Resident) -> Iterator[None]:
+    def prepared(self, weights: Streamed | Resident) -> Iterator[None]:
         """The model as calibration needs it; a model of the caller's gets its settings back."""
         if isinstance(weights, Streamed):
             with weights.on_demand(), FastLinear():
@@ -215,9 +242,9 @@ class Job:
         """The calibration batches that this process runs; raises UserError if there are too few to go round."""
         ordered = self.recipe.engine.reduce == "ordered"
         batches = self.tokens.batches(batch_size) if self.tokens is not None else []
-        mine = share_out(batches, self._ranks, ordered=ordered)
+        mine = share_out(batches, self.ranks, ordered=ordered)
         inputs = [{"input_ids": one.to(self.device)} for one in mine.values()]
-        return Share(inputs, list(mine), self._ranks, ordered)
+        return Share(inputs, list(mine), self.ranks, ordered)
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
@@ -301,7 +328,9 @@ class Job:
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
                 "kernels": self._kernels,
-                "processes": self._ranks.count,
+                "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast),
+                "notes": self.notes,
+                "processes": self.ranks.count,
                 "threads": torch.get_num_threads(),
                 "processor": platform.machine(),
             },

@@ -11,6 +11,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -70,6 +72,51 @@ def give_back() -> None:
 @functools.cache
 def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+class Meter:
+    """How much memory of a device is in use, and the most since the last reset, in bytes.
+
+    On the CPU that is what this process allocated (see `PeakMemory.anonymous`), sampled every 2 ms; on an accelerator,
+    what torch handed out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._watch: PeakMemory | None = None
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            return
+        self.close()
+        give_back()
+        self._watch = PeakMemory(interval_s=0.002)
+        self._watch.__enter__()
+
+    def now(self) -> int:
+        return current()[0] if self._device.type == "cpu" else torch.accelerator.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        if self._device.type != "cpu":
+            return torch.accelerator.max_memory_allocated(self._device)
+        assert self._watch is not None
+        self._watch._sample()
+        return self._watch.anonymous
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__()
+            self._watch = None
+
+
+def free(device: torch.device) -> int:
+    """Memory of a device that a run can have, in bytes: what is unused there, and what this process holds already."""
+    if device.type == "cpu":
+        return available() + current()[0]
+    unused, _ = torch.accelerator.get_memory_info(device)
+    return int(unused) + torch.accelerator.memory_reserved(device)
 
 
 def available() -> int:

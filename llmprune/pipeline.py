@@ -27,6 +27,12 @@ from llmprune.weights import Weights, read_matrix, stored_matrix
 UNUSED = "no calibration token passed through it"
 
 
+def schedule_of(recipe: Recipe, method: Method, epochs: int) -> str:
+    """The schedule that a recipe asks for, or the one that goes with its method."""
+    by_default = "module" if DRIFT in method.needs or epochs > 0 else "layer"
+    return by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
+
+
 class Pruning:
     """One run over a model: the engine calls it at every unit (see `engine.schedule.Work`)."""
 
@@ -45,8 +51,7 @@ class Pruning:
         self.reconstructs = epochs > 0
         self._epochs = epochs
         self._fits: dict[str, float] | None = None
-        by_default = "module" if DRIFT in method.needs or self.reconstructs else "layer"
-        self.schedule = by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
+        self.schedule = schedule_of(recipe, method, epochs)
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}

@@ -41,7 +41,7 @@ class Restructuring(Job):
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
-        if self._ranks.count > 1:
+        if self.ranks.count > 1:
             raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
         for key in WEIGHT_KEYS:
             if getattr(recipe, key) != type(recipe).model_fields[key].get_default(call_default_factory=True):
@@ -128,8 +128,8 @@ class Restructuring(Job):
             reporter.warn(text)
         weights = self._weights(writing=True)
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
-        with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, self._share.batches, weights)
+        with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
+            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
             decision: Decision = self.method.decide(trunk, self._asked)
         self._new_config, new, cutter = self._cutter(decision.surgery)
         self._totals = {"params_before": _count(self.model), "params_after": _count(new)}
@@ -216,7 +216,7 @@ class Restructuring(Job):
     def _logits_without_layers(self, ids: torch.Tensor) -> torch.Tensor:
         """What the old model says if dropped layers are skipped and changed parameters have their new values."""
         weights = self._weights(writing=False)
-        with self._prepared(weights):
+        with self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
             states = trunk.enter()
             surgery = self._decision.surgery

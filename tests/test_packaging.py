@@ -42,6 +42,8 @@ LAYERS = {
     "measurement": 4,
     "result": 4,
     "pipeline": 4,
+    "forecast": 4,
+    "fitting": 5,
     "job": 5,
     "restructuring": 5,
     "stages": 6,

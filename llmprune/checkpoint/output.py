@@ -105,6 +105,10 @@ class Output:
         self._append(line)
         self.records[unit] = line
 
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        """Enter something in the journal that a resumed run must know, and that is no unit."""
+        self.write(name, (0, 0), {}, record)
+
     def _line(
         self, unit: str, place: tuple[int, int], tensors: dict[str, torch.Tensor], record: dict[str, Any]
     ) -> dict[str, Any]:
