@@ -7,8 +7,10 @@ are whole. When all is there, it is renamed to `DIR`.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +104,7 @@ class Output:
         if tensors:
             self._save(line["file"], tensors)
             self._compare(line["file"], tensors)
+            line["sha256"] = _digest(self.partial / line["file"])
         self._append(line)
         self.records[unit] = line
 
@@ -219,17 +222,20 @@ class Output:
             raise RunError(f"cannot write the journal in {self.partial}: {error}") from error
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """The whole lines of the journal; a kill can only have torn the last one, which is cut off."""
+        """The whole lines of the journal, up to the first that is none: a kill may have torn the last one."""
         path = self.partial / JOURNAL_NAME
         if not path.is_file():
             return []
         text = path.read_text(errors="replace")
-        lines = []
-        for line in text.splitlines():
+        lines: list[dict[str, Any]] = []
+        for written in text.splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                line = json.loads(written)
+            except (ValueError, RecursionError):
                 break
+            if not (_is_part(line) if lines else isinstance(line, dict) and "fingerprint" in line):
+                break
+            lines.append(line)
         whole = "".join(json.dumps(line) + "\n" for line in lines)
         if whole != text:
             try:
@@ -245,8 +251,8 @@ class Output:
         if line["file"] is None:
             return True
         try:
-            return bool(_size_on_disk(self.partial / line["file"]) == line["bytes"])
-        except UserError:
+            return _digest(self.partial / line["file"]) == line["sha256"]
+        except OSError:
             return False
 
 
@@ -263,5 +269,19 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
     return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
-def _size_on_disk(path: Path) -> int:
-    return sum(entry.bytes for entry in Checkpoint.of_file(path).entries.values())
+def _is_part(line: Any) -> bool:
+    """Whether a line of the journal is one of ours: about a unit, and its file if it has one."""
+    if not isinstance(line, dict) or not isinstance(line.get("unit"), str) or "file" not in line:
+        return False
+    name = line["file"]
+    return name is None or (
+        isinstance(name, str)
+        and re.fullmatch(r"model-\d{5,}-of-\d{5,}\.safetensors", name) is not None
+        and isinstance(line.get("bytes"), int)
+        and isinstance(line.get("sha256"), str)
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmprune.types import UserError
+from llmprune.types import RunError, UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -90,7 +90,10 @@ class Checkpoint:
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
-            self._handles[name] = _open(self.folder / name)
+            try:
+                self._handles[name] = _open(self.folder / name)
+            except UserError as error:
+                raise RunError(f"{self.folder / name} could be read when the run began: {error}") from error
         return self._handles[name]
 
 
