@@ -152,7 +152,11 @@ for _tag, _regex in _NUMBERS.items():
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:
+        # a date that is none, an integer of thousands of digits, a thousand brackets
+        raise yaml.YAMLError(str(error)) from error
 
 
 def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import targets
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from runner import Ran, Steps, cli, product, tree
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -23,6 +27,17 @@ from llmprune.checkpoint.source import Checkpoint
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 QUICK = ("--sparsity", 0.5, "--method", "wanda", "--samples", 2, "--seqlen", 32, "--batch-size", 1, "--quiet")
+
+HARD = (
+    b"[" * 3000,
+    b"{" * 3000,
+    b"9" * 5000,
+    b"2024-13-45",
+    b"!!python/object:os.system",
+    b"../../x",
+    b"\xff",
+    b"1e999",
+)
 
 
 @pytest.fixture
@@ -263,3 +278,20 @@ def test_a_device_that_is_too_small(work: Path, monkeypatch: pytest.MonkeyPatch)
         patched.setattr(Wanda, "solve", full)
         failed(prune(work), "out of memory", "fewer --samples", "--resume")
     assert prune(work, "--resume").code == 0
+
+
+# --- files that are damaged in other ways ---
+
+
+@pytest.mark.parametrize("name", list(targets.TARGETS))
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_damaged_files_are_refused_and_nothing_worse(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target = targets.TARGETS[name]
+    seed = data.draw(st.sampled_from(target.seeds))
+    start, end = sorted(data.draw(st.tuples(*[st.integers(0, len(seed))] * 2)))
+    middle = data.draw(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(str.encode), st.sampled_from(HARD)))
+    with contextlib.suppress(*targets.DOCUMENTED):
+        target.run(tmp_path_factory.mktemp("target"), seed[:start] + middle + seed[end:])

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ class Output:
     def _append(self, line: dict[str, Any]) -> None:
         try:
             with (self.partial / JOURNAL_NAME).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(_sealed(line))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -231,12 +232,13 @@ class Output:
         for written in text.splitlines():
             try:
                 line = json.loads(written)
+                sealed = isinstance(line, dict) and line.pop("crc32", None) == _crc32(line)
             except (ValueError, RecursionError):
                 break
-            if not (_is_part(line) if lines else isinstance(line, dict) and "fingerprint" in line):
+            if not sealed or not (_is_part(line) if lines else "fingerprint" in line):
                 break
             lines.append(line)
-        whole = "".join(json.dumps(line) + "\n" for line in lines)
+        whole = "".join(map(_sealed, lines))
         if whole != text:
             try:
                 cut = path.with_suffix(".writing")
@@ -269,9 +271,9 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
     return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
-def _is_part(line: Any) -> bool:
+def _is_part(line: dict[str, Any]) -> bool:
     """Whether a line of the journal is one of ours: about a unit, and its file if it has one."""
-    if not isinstance(line, dict) or not isinstance(line.get("unit"), str) or "file" not in line:
+    if not isinstance(line.get("unit"), str) or "file" not in line:
         return False
     name = line["file"]
     return name is None or (
@@ -280,6 +282,15 @@ def _is_part(line: Any) -> bool:
         and isinstance(line.get("bytes"), int)
         and isinstance(line.get("sha256"), str)
     )
+
+
+def _sealed(line: dict[str, Any]) -> str:
+    """A line as it is written: with a checksum, so that a damaged one is not taken for another."""
+    return json.dumps({**line, "crc32": _crc32(line)}) + "\n"
+
+
+def _crc32(line: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line).encode())
 
 
 def _digest(path: Path) -> str:

@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} is not a safetensors index: {error}") from error
         for name in names:
             _check_inside(folder, name)
@@ -162,7 +162,7 @@ def _weight_files(folder: Path) -> list[str]:
 def _check_inside(folder: Path, name: object) -> None:
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"{folder / INDEX_NAME} names the file {name!r} outside its folder; it is refused")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):
         raise UserError(f"{folder / INDEX_NAME} names {name!r}, which is missing; download the model again")
 
 

@@ -1,6 +1,6 @@
 """Feed mutated files to everything that reads them (`tests/support/targets.py`); a fault is saved and ends the run.
 
-    python scripts/bench/fuzz.py --inputs 1000000
+python scripts/bench/fuzz.py --inputs 1000000
 """
 
 from __future__ import annotations
@@ -21,9 +21,46 @@ import targets
 
 # What tends to break readers, beside random bytes.
 TOKENS = (
-    *(b"null", b"true", b"{}", b"[]", b'""', b"-1", b"0", b"1e999", b"NaN", b"18446744073709551616", b"..", b"/etc/passwd"),
-    *(b"&a", b"*a", b"!!python/object:os.system", b"<<: *a", b"- ", b": ", b"\n", b"\t", b"\x00", b"\xff", b"\xed\xa0\x80"),
-    *(b"[" * 500, b"{" * 500, b"9" * 5000, b"2024-01-01", b"0x1f", b"~", b"|\n", b"? ", b"%YAML 9.9\n", b"\\u0000", b"\\ud800"),
+    *(
+        b"null",
+        b"true",
+        b"{}",
+        b"[]",
+        b'""',
+        b"-1",
+        b"0",
+        b"1e999",
+        b"NaN",
+        b"18446744073709551616",
+        b"..",
+        b"/etc/passwd",
+    ),
+    *(
+        b"&a",
+        b"*a",
+        b"!!python/object:os.system",
+        b"<<: *a",
+        b"- ",
+        b": ",
+        b"\n",
+        b"\t",
+        b"\x00",
+        b"\xff",
+        b"\xed\xa0\x80",
+    ),
+    *(
+        b"[" * 500,
+        b"{" * 500,
+        b"9" * 5000,
+        b"2024-01-01",
+        b"0x1f",
+        b"~",
+        b"|\n",
+        b"? ",
+        b"%YAML 9.9\n",
+        b"\\u0000",
+        b"\\ud800",
+    ),
 )
 
 
@@ -71,7 +108,7 @@ def main() -> None:
                 counts[name]["accepted"] += 1
             except targets.DOCUMENTED:
                 pass
-            except BaseException:
+            except BaseException:  # noqa: BLE001 (that is what is looked for)
                 traceback.print_exc()
                 sys.exit(f"{name} fails on {data!r}")
     seconds = time.perf_counter() - started

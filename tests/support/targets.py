@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmprune.calibration import read_documents
-from llmprune.checkpoint.output import JOURNAL_NAME, Output
+from llmprune.checkpoint.output import JOURNAL_NAME, Output, _sealed
 from llmprune.checkpoint.source import INDEX_NAME, SINGLE_NAME, Checkpoint
 from llmprune.recipe import load_recipe, stages_of
 from llmprune.types import RunError, UserError
@@ -41,10 +41,12 @@ HEADER = json.dumps(
 STORED = struct.pack("<Q", len(HEADER)) + HEADER + bytes(24)
 INDEX = json.dumps({"metadata": {"total_size": 24}, "weight_map": {"a.weight": SINGLE_NAME, "b": SINGLE_NAME}}).encode()
 PART = {"unit": "model.layers.0", "file": "model-00002-of-00003.safetensors", "bytes": 24, "sha256": "0" * 64}
-JOURNAL = b"".join(
-    json.dumps(line).encode() + b"\n"
-    for line in ({"fingerprint": "f"}, {"unit": "rest", "file": None, "bytes": 0}, {**PART, "tensors": [], "fit": None})
-)
+JOURNAL = "".join(
+    map(
+        _sealed,
+        ({"fingerprint": "f"}, {"unit": "rest", "file": None, "bytes": 0}, {**PART, "tensors": [], "fit": None}),
+    )
+).encode()
 ROWS = b'{"text": "Once upon a time"}\n{"text": "there was", "n": 1}\n"a cat"\n'
 
 
