@@ -76,6 +76,13 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     ),
     "matmul24": (
         Implementation(
+            "cusparselt",
+            "sparse24:matmul24_cusparselt",
+            eligibility.cusparselt,
+            eligibility.prefill_cusparselt,
+            eligibility.cusparselt_is_faster,
+        ),
+        Implementation(
             "gluon",
             "sparse24_gluon:matmul24",
             eligibility.mma_sp,
@@ -88,6 +95,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
     "matmul_bitmask": (
         _triton("matmul_bitmask", "bitmask_triton:matmul_bitmask", eligibility.decode_bitmask),
         Implementation("torch", "bitmask:matmul_bitmask_torch"),
+    ),
+    "matmul_overflow": (
+        _triton("add_surplus", "overflow_triton:matmul_overflow", eligibility.decode_overflow),
+        Implementation("torch", "overflow:matmul_overflow_torch"),
     ),
     "unpack24": (
         _triton("unpack24", "sparse24_triton:unpack24", eligibility.packed24),

@@ -19,6 +19,10 @@ HALVES = (torch.bfloat16, torch.float16)
 # Beyond this many tokens arithmetic, not memory traffic, is the limit of a product on a GPU.
 DECODE_TOKENS = 64
 LARGEST_BLOCK = 128
+# For as many tokens the surplus of a 2:4 matrix is added one weight at a time.
+OVERFLOW_TOKENS = 8
+# cuSPARSELt takes matrices whose sizes are multiples of the first, and numbers of tokens of the second.
+CUSPARSELT_SIZES, CUSPARSELT_TOKENS = 16, 8
 
 
 def always(*operands: Any) -> str | None:
@@ -137,11 +141,11 @@ def packed24(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
     return None
 
 
-def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> str | None:
     return _inputs(x_TI, values_OV) or packed24(values_OV, metadata_OB)
 
 
-def decode_mma_sp(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> str | None:
+def decode_mma_sp(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> str | None:
     outputs, inputs = len(values_OV), values_OV.shape[1] * 2
     if outputs % 16:
         return f"{outputs} outputs are no multiple of 16"
@@ -152,7 +156,41 @@ def decode_mma_sp(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torc
     return matmul24(x_TI, values_OV, metadata_OB)
 
 
-# Bitmask matrices.
+def cusparselt(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"cuSPARSELt computes on cuda, not on {device.type}"
+    return None if torch.backends.cusparselt.is_available() else "this torch has no cuSPARSELt"
+
+
+def cusparselt_matrix(values_OV: torch.Tensor) -> str | None:
+    if values_OV.dtype not in HALVES:
+        return f"it computes bfloat16 and float16, not {values_OV.dtype}"
+    odd = [size for size in (len(values_OV), values_OV.shape[1] * 2) if size % CUSPARSELT_SIZES]
+    return f"{odd[0]} is no multiple of {CUSPARSELT_SIZES}" if odd else None
+
+
+def prefill_cusparselt(
+    x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, compressed: torch.Tensor | None
+) -> str | None:
+    if compressed is None:
+        return "the compressed form is not kept: accelerate(..., prefill=True)"
+    if len(x_TI) <= DECODE_TOKENS:
+        return f"{len(x_TI)} tokens are not more than {DECODE_TOKENS}"
+    return _inputs(x_TI, values_OV)
+
+
+def cusparselt_is_faster(
+    x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, compressed: torch.Tensor | None
+) -> str | None:
+    """Who keeps the compressed form has asked for it; it is used from as many tokens on as were measured to pay."""
+    outputs = len(values_OV)
+    least = tuned.configuration("matmul24_cusparselt", x_TI.device, outputs=outputs)["LEAST_TOKENS"]
+    if len(x_TI) < least:
+        return f"{len(x_TI)} tokens are fewer than the {least} from which it pays at {outputs} outputs"
+    return None
+
+
+# Unstructured matrices.
 
 
 def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tensor) -> str | None:
@@ -161,6 +199,12 @@ def decode_bitmask(x_TI: torch.Tensor, values_V: torch.Tensor, *rest: torch.Tens
     if len(x_TI) > DECODE_TOKENS:
         return f"{len(x_TI)} tokens are more than {DECODE_TOKENS}"
     return _inputs(x_TI, values_V)
+
+
+def decode_overflow(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> str | None:
+    if len(x_TI) > OVERFLOW_TOKENS:
+        return f"{len(x_TI)} tokens are more than {OVERFLOW_TOKENS}"
+    return matmul24(x_TI, values_OV, metadata_OB)
 
 
 def _inputs(x_TI: torch.Tensor, values: torch.Tensor) -> str | None:

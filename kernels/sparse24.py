@@ -19,7 +19,7 @@ import itertools
 import torch
 
 from llmprune import masks
-from llmprune.kernels import dispatch
+from llmprune.kernels import dispatch, eligibility
 from llmprune.kernels.product import product_nt
 
 # Weights that the torch form expands at a time, which bounds its scratch memory.
@@ -76,7 +76,26 @@ def unpack24_torch(values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.
     return weight_OG4.flatten(1)
 
 
-def matmul24_torch(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
+def compress24(weight_OI: torch.Tensor) -> torch.Tensor:
+    """A 2:4 matrix in cuSPARSELt's form: values, then metadata in an order of its own, 9/16 of the dense bytes."""
+    return torch._cslt_compress(weight_OI)
+
+
+def matmul24_cusparselt(
+    x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, compressed: torch.Tensor
+) -> torch.Tensor:
+    """The sparse matrix must be the first factor, so the product is computed, and stored, transposed."""
+    tokens = len(x_TI)
+    padded_TI = torch.nn.functional.pad(x_TI, (0, 0, 0, -tokens % eligibility.CUSPARSELT_TOKENS))
+    return torch._cslt_sparse_mm(compressed, padded_TI.T, transpose_result=True)[:tokens]
+
+
+def matmul24_torch(
+    x_TI: torch.Tensor,
+    values_OV: torch.Tensor,
+    metadata_OB: torch.Tensor,
+    compressed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`x_TI @ W'`, expanding some rows of W at a time. Saves memory, not time."""
     rows = max(STRIPE // x_TI.shape[1], 1)
     if len(values_OV) <= rows:
@@ -89,17 +108,28 @@ def matmul24_torch(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: tor
 
 
 @torch.library.custom_op("llmprune::matmul24", mutates_args=())
-def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
+def matmul24(
+    x_TI: torch.Tensor,
+    values_OV: torch.Tensor,
+    metadata_OB: torch.Tensor,
+    compressed: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`x_TI @ W'` with a packed W, T x O, in the dtype of `x_TI`, which must be that of the values.
 
-    An operator of torch, so that torch.compile and CUDA graphs take it whole. Differentiable in `x_TI`.
+    `compressed`: W once more, by `compress24`, for many tokens. An operator of torch, so that torch.compile and CUDA
+    graphs take it whole. Differentiable in `x_TI`.
     """
-    y_TO: torch.Tensor = dispatch.run("matmul24", x_TI, values_OV, metadata_OB)
+    y_TO: torch.Tensor = dispatch.run("matmul24", x_TI, values_OV, metadata_OB, compressed)
     return y_TO
 
 
 @matmul24.register_fake
-def _(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
+def _(
+    x_TI: torch.Tensor,
+    values_OV: torch.Tensor,
+    metadata_OB: torch.Tensor,
+    compressed: torch.Tensor | None = None,
+) -> torch.Tensor:
     return x_TI.new_empty(x_TI.shape[0], values_OV.shape[0])
 
 
@@ -115,12 +145,12 @@ def _(grad_TO: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor)
 
 
 def _keep_weights(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.Tensor, ...], output: object) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*inputs[1:3])
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TO: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad_TO: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
     values_OV, metadata_OB = ctx.saved_tensors  # type: ignore[attr-defined]
-    return input_gradient24(grad_TO, values_OV, metadata_OB), None, None
+    return input_gradient24(grad_TO, values_OV, metadata_OB), None, None, None
 
 
 matmul24.register_autograd(_backward, setup_context=_keep_weights)

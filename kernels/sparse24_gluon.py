@@ -104,7 +104,7 @@ def matmul24_kernel(
         gl.store(y_ptr + t.to(gl.int64) * outputs + o, total.to(y_ptr.dtype.element_ty), mask=t < tokens)
 
 
-def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
+def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Few tokens: memory traffic decides, and a 2:4 matrix is 0.5625 of the dense bytes. Many: expand and multiply."""
     tokens, inputs = x_TI.shape
     if tokens > eligibility.DECODE_TOKENS:

@@ -87,7 +87,7 @@ def unpack24_kernel(
     tl.store(dense_ptr + place, expand24(pairs, words, BLOCK_O, WORDS), mask=inside)
 
 
-def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor) -> torch.Tensor:
+def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> torch.Tensor:
     """Few tokens: memory traffic decides, and a 2:4 matrix is 0.5625 of the dense bytes. Many: expand and multiply."""
     tokens, inputs = x_TI.shape
     if tokens > eligibility.DECODE_TOKENS:

@@ -39,6 +39,7 @@ from llmprune.kernels import (
     bitmask_triton,
     gram_triton,
     moments_triton,
+    overflow_triton,
     sparse24_gluon,
     sparse24_triton,
     sparsegpt_block_triton,
@@ -128,6 +129,18 @@ CASES: dict[str, dict[str, Case]] = {
                 "inputs": "i32",
             },
             {"EVEN": True},
+            opcode="",
+        )
+    },
+    "add_surplus": {
+        "bf16": Case(
+            overflow_triton.add_surplus_kernel,
+            {
+                **dict.fromkeys(("x_ptr", "extra_ptr", "y_ptr"), "*bf16"),
+                "columns_ptr": "*i16",
+                "starts_ptr": "*i32",
+                **dict.fromkeys(("tokens", "outputs", "x_stride"), "i32"),
+            },
             opcode="",
         )
     },

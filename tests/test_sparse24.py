@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmprune
-from llmprune.kernels import sparse24
-from llmprune.kernels.linear24 import SparseLinear24
+from llmprune.kernels import eligibility, linear24, sparse24
+from llmprune.kernels.linear24 import SparseLinear24, join
 from llmprune.sparse import PACKED, survey
 from llmprune.types import UserError
 
@@ -127,6 +127,91 @@ def test_state_dict_is_that_of_a_linear_layer() -> None:
         packed.load_state_dict({"bias": torch.ones(8)})
 
 
+def attention_like(biases: bool = False) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Three layers of one input, dense, and the same packed and joined."""
+    dense = nn.ModuleDict({name: nn.Linear(16, rows, biases) for name, rows in (("q", 12), ("k", 4), ("v", 8))})
+    for seed, layer in enumerate(dense.values()):
+        layer.weight.data = two_of_four(layer.out_features, 16, seed=seed)
+    packed = nn.ModuleDict({name: SparseLinear24.from_linear(layer) for name, layer in dense.items()})
+    join(list(packed.values()))
+    return dense, packed
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of outputs at every packed product."""
+    seen: list[int] = []
+    matmul = linear24.matmul24
+
+    def counted(x: torch.Tensor, values: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        seen.append(len(values))
+        return matmul(x, values, *rest)
+
+    monkeypatch.setattr(linear24, "matmul24", counted)
+    return seen
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_joined_layers_share_one_product(monkeypatch: pytest.MonkeyPatch, biases: bool) -> None:
+    dense, packed = attention_like(biases)
+    seen = products(monkeypatch)
+    for _ in range(2):
+        x = torch.randn(2, 3, 16)
+        for name, layer in packed.items():
+            torch.testing.assert_close(layer(x), dense[name](x), rtol=1e-5, atol=1e-6)  # 16 terms in float32
+    assert seen == [24, 24]
+    assert packed["q"].packed is packed["v"].packed and packed["q"].packed._last is None
+    state = packed.state_dict()
+    assert state.keys() == dense.state_dict().keys()
+    assert all(torch.equal(state[key], value) for key, value in dense.state_dict().items())
+
+
+def test_joined_layers_with_different_inputs_are_right_all_the_same() -> None:
+    dense, packed = attention_like()
+    x, other = torch.randn(3, 16), torch.randn(3, 16)
+    for name, given in (("q", x), ("k", other), ("v", x), ("v", x), ("q", other)):
+        torch.testing.assert_close(packed[name](given), dense[name](given), rtol=1e-5, atol=1e-6)
+
+
+def test_joined_layers_compile_and_train() -> None:
+    dense, packed = attention_like()
+
+    def total(layers: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return (layers["q"](x).sum(-1) * layers["k"](x).sum(-1) + layers["v"](x).sum(-1)).sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function, layers in ((total, dense), (total, packed), (compiled, packed)):
+        x = torch.linspace(-1, 1, 48).view(3, 16).requires_grad_()
+        function(layers, x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients[2], gradients[1])
+
+
+def test_many_tokens_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call of cuSPARSELt with what it documents: first factor sparse, 8 tokens at a time, stored transposed."""
+    weight = two_of_four(32, 64, torch.bfloat16)
+
+    def product(sparse: torch.Tensor, dense: torch.Tensor, *, transpose_result: bool) -> torch.Tensor:
+        assert transpose_result and dense.shape[1] % 8 == 0 and dense.T.is_contiguous()
+        return (sparse.float() @ dense.float()).T.to(sparse.dtype).contiguous()
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
+    monkeypatch.setattr(eligibility.tuned, "name_of", lambda device: "default")
+    compressed = sparse24.compress24(weight)
+    x = torch.randn(67, 64).bfloat16()
+    found = sparse24.matmul24_cusparselt(x, *sparse24.pack24(weight), compressed)
+    torch.testing.assert_close(found, (x.float() @ weight.float().T).bfloat16())
+    packed = sparse24.pack24(weight)
+    assert "more than 64" in str(eligibility.prefill_cusparselt(x[:64], *packed, compressed))
+    assert "not kept" in str(eligibility.prefill_cusparselt(x, *packed, None))
+    assert eligibility.prefill_cusparselt(x, *packed, compressed) is None
+    assert "fewer than the 512" in str(eligibility.cusparselt_is_faster(x, *packed, compressed))
+    assert "on cuda, not on cpu" in str(eligibility.cusparselt(x.device))
+    assert "40 is no multiple of 16" in str(eligibility.cusparselt_matrix(torch.empty(16, 20).half()))
+
+
 # Whole models.
 
 
@@ -158,6 +243,11 @@ def test_accelerated_model_computes_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.generate(tiny.tokens(1, 5), max_new_tokens=8, do_sample=False), text)
     assert llmprune.accelerate(model) is model  # nothing left to do is no error
+    layer = model.model.layers[1]
+    assert layer.self_attn.q_proj.packed is layer.self_attn.k_proj.packed is layer.self_attn.v_proj.packed
+    assert layer.mlp.gate_proj.packed is layer.mlp.up_proj.packed is not layer.mlp.down_proj.packed
+    with pytest.raises(UserError, match="prefill=True cannot be had here: cuSPARSELt computes on cuda, not on cpu"):
+        llmprune.accelerate(model, prefill=True)
 
 
 def test_accelerated_model_saves_the_plain_checkpoint(tmp_path: Path) -> None:

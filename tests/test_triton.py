@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from patterns import two_of_four, unstructured
 
-from llmprune.kernels import bitmask, dispatch, gram, gram_triton, moments, sparse24, sparsegpt_block, tuned
+from llmprune.kernels import bitmask, dispatch, gram, gram_triton, moments, overflow, sparse24, sparsegpt_block, tuned
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Matrix, Pattern
@@ -35,6 +35,7 @@ def small_blocks() -> Iterator[None]:
     launches = {
         "matmul24": {"BLOCK_T": 16, "BLOCK_O": 16, "WORDS": 2, "SPLIT": 3},
         "unpack24": {"BLOCK_O": 8, "WORDS": 2},
+        "add_surplus": {"BLOCK_T": 8, "BLOCK_S": 16},
         "matmul_bitmask": {"BLOCK_T": 16, "BLOCK_O": 16, "WORDS": 2, "SPLIT": 3},
         "gram_update": {"BLOCK_I": 16, "BLOCK_T": 16},
         "column_moments": {"BLOCK_T": 8, "BLOCK_I": 16, "STEPS": 2},
@@ -99,6 +100,30 @@ def test_matmul_bitmask(
     monkeypatch.setenv("LLMPRUNE_KERNELS", "matmul_bitmask=triton")
     weight, x = unstructured(outputs, inputs, sparsity, dtype), torch.randn(tokens, inputs).to(dtype)
     assert_product(bitmask.matmul_bitmask(x, bitmask.pack_bitmask(weight)), x, weight)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize(("tokens", "outputs", "inputs"), [(1, 16, 64), (8, 37, 160), (3, 5, 96)])
+def test_matmul_overflow(
+    small_blocks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    outputs: int,
+    inputs: int,
+    sparsity: float,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setenv("LLMPRUNE_KERNELS", "matmul_overflow=triton,matmul24=triton")
+    weight, x = unstructured(outputs, inputs, sparsity, dtype), torch.randn(tokens, inputs).to(dtype)
+    packed = overflow.pack_overflow(weight)
+    found = overflow.matmul_overflow(x, packed)
+    exact = x.double() @ weight.double().T
+    base = x.double() @ sparse24.unpack24_torch(packed.values_OV, packed.metadata_OB).double().T
+    sums = inputs * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)
+    # the 2:4 part is rounded to the result's dtype before the surplus is added, and the sum once more
+    bound = (base.abs() + exact.abs()) * torch.finfo(dtype).eps + 2 * sums
+    assert bool(((found.double() - exact).abs() <= bound).all())
 
 
 def test_matmul_bitmask_with_offsets_beyond_signed_range(monkeypatch: pytest.MonkeyPatch) -> None:

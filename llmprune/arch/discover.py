@@ -29,25 +29,36 @@ class Unit:
         return self.name + "."
 
 
+# What a text model mainly reads, by the name that transformers gives it; None where it is no model of its own.
+TOKENS = ("input_ids", "inputs_embeds", None)
+
+
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of decoder layers: the heaviest ModuleList of the decoder that is no list of experts.
 
-    Raises UserError if the model has none.
+    Towers for pictures and sound, which read something else than token ids, do not count. Raises UserError if the
+    model has none.
     """
     decoder = model.get_decoder() or model
+    towers = [one for one in decoder.modules() if one is not decoder and _reads(one) not in TOKENS]
     # the decoder may be a sub-module of the model: names are wanted from the root
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and "expert" not in name.lower()
     ]
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in decoder.modules()} - {id(module) for one in towers for module in one.modules()}
     # some classes call their head "decoder"
     found = [(name, module) for name, module in lists if id(module) in inside] or lists
     several = [one for one in found if len(one[1]) > 1] or found
     if not several:
         raise UserError(f"no list of decoder layers found in {type(model).__name__}")
     return max(several, key=lambda one: sum(p.numel() for p in one[1].parameters()))
+
+
+def _reads(module: nn.Module) -> str | None:
+    """The name of the input that a model within the model mainly reads."""
+    return module.main_input_name if isinstance(module, PreTrainedModel) else None
 
 
 def find_units(model: PreTrainedModel, *, head: bool) -> list[Unit]:

@@ -20,15 +20,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-)
+from transformers.models.auto import modeling_auto as auto
 
 from llmprune.checkpoint.source import Checkpoint
 from llmprune.types import RunError, UserError
+
+CAUSAL, MASKED = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+# Types with a class for causal language modelling that is half of something else: these, and a few that no
+# mapping of transformers tells apart.
+HALVES = {
+    *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    *auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    *auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES,
+    *("moshi", "trocr", "gemma4_assistant", "gemma4_unified_assistant"),
+}
+# Types without a mapping for masked language models whose tokens see each other all the same.
+UNORDERED = {*MASKED, "bert-generation", "xlnet"}
 
 
 def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
@@ -64,7 +71,12 @@ def check_config(config: Any, where: str) -> None:
     if not remote and kind not in CAUSAL:
         raise UserError(f"{where} is a {kind!r} model, which transformers has no causal language model class for")
     headless = architectures and not any(name in _causal_names(kind) for name in architectures)
-    if kind in MASKED and not getattr(config, "is_decoder", False) and (headless or not architectures):
+    if kind in HALVES:
+        raise UserError(
+            f"{where} is a part of an encoder-decoder, speech or drafting model ({kind}); llmprune prunes "
+            "decoder-only language models, which stand alone"
+        )
+    if kind in UNORDERED and not getattr(config, "is_decoder", False):
         raise UserError(f"{where} is an encoder-only model ({kind}); llmprune prunes decoder-only language models")
     if not remote and headless and any("MaskedLM" in name or "Classification" in name for name in architectures):
         raise UserError(f"{where} holds a {architectures[0]}, not a causal language model")

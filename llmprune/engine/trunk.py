@@ -42,7 +42,8 @@ class Trunk:
         self.model, self.units, self.batches = model, units, batches
         self._weights = weights
         self._calls: list[list[Call]] = []
-        self._tuples = False
+        # what layers of this class return beside the hidden state: None if that stands alone, else how many things
+        self._beside: int | None = None
         self.runs = 0
 
     @property
@@ -123,8 +124,11 @@ class Trunk:
         """While active, layers return what they get, and the last one `result` (or ends the forward).
 
         `calls` receives the arguments of every layer. `probe`: layer 0 really runs once, to see whether
-        the layers of this class return tuples.
+        the layers of this class return tuples, and how long ones.
         """
+
+        def answer(hidden: torch.Tensor) -> Any:
+            return hidden if self._beside is None else (hidden, *[None] * self._beside)
 
         def bypass(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -132,16 +136,16 @@ class Trunk:
                 if index == self.depth - 1:
                     if result is None:
                         raise _Enough
-                    return (result,) if self._tuples else result
-                hidden = _hidden(args, kwargs)
-                return (hidden,) if self._tuples else hidden
+                    return answer(result)
+                return answer(_hidden(args, kwargs))
 
             return forward
 
         def first(*args: Any, **kwargs: Any) -> Any:
             del layers[0].forward
             with self.loaded(0):
-                self._tuples = isinstance(layers[0](*args, **kwargs), tuple)
+                output = layers[0](*args, **kwargs)
+            self._beside = len(output) - 1 if isinstance(output, tuple) else None
             layers[0].forward = bypass(0)
             return layers[0].forward(*args, **kwargs)
 

@@ -23,13 +23,15 @@ import record
 import torch
 
 from llmprune import masks
-from llmprune.kernels import bitmask, gram, moments, sparse24
+from llmprune.kernels import bitmask, eligibility, gram, moments, overflow, sparse24
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import Stats
 from llmprune.types import Budget, Matrix, Pattern
 
 # Outputs x inputs of the matrices of Llama 3 8B (q and o, k and v, gate and up, down), then 70B.
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672)]
+# q, k and v, and gate and up, of the 8B as one matrix each.
+JOINED = [(6144, 4096), (28672, 4096)]
 TOKENS = [1, 2, 4, 8, 16, 32, 64]
 DEVICE = "cuda"
 FLUSH_BYTES = 256 * 2**20
@@ -113,10 +115,12 @@ def half_zero(outputs: int, inputs: int, sparsity: float) -> torch.Tensor:
     return random(outputs, inputs).masked_fill(torch.rand(outputs, inputs, device=DEVICE) < sparsity, 0)
 
 
-def check_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+def check_product(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, base: torch.Tensor | None = None) -> None:
+    """One rounding to the result's dtype, one more for the product with a `base` that is added to, and of the sums."""
     exact = x.double() @ weight.double().T
+    rounded = exact.abs() if base is None else exact.abs() + (x.double() @ base.double().T).abs()
     sums = x.shape[1] * torch.finfo(torch.float32).eps * (x.double().abs() @ weight.double().abs().T)
-    if bool(((found.double() - exact).abs() > torch.finfo(x.dtype).eps * exact.abs() + sums).any()):
+    if bool(((found.double() - exact).abs() > torch.finfo(x.dtype).eps * rounded + sums).any()):
         sys.exit(f"the product of {tuple(x.shape)} and {tuple(weight.shape)} is wrong; no time is worth taking")
 
 
@@ -167,11 +171,12 @@ def part_solve(quick: bool) -> Iterator[Row]:
 
 
 def part_decode(quick: bool) -> Iterator[Row]:
-    for outputs, inputs in [(256, 512)] if quick else SHAPES:
+    for outputs, inputs in [(256, 512)] if quick else SHAPES + JOINED:
         weight = two_of_four(outputs, inputs)
         packed = sparse24.pack24(weight)
         masked = {share: half_zero(outputs, inputs, share) for share in (0.5, 0.7)}
         stored = {share: bitmask.pack_bitmask(one) for share, one in masked.items()}
+        beside = {share: overflow.pack_overflow(one) for share, one in masked.items()}
         for tokens in TOKENS:
             x = random(tokens, inputs)
             row = {}
@@ -184,22 +189,32 @@ def part_decode(quick: bool) -> Iterator[Row]:
                 for share, one in stored.items():
                     check_product(bitmask.matmul_bitmask(x, one), x, masked[share])
                     row[f"bitmask {share:.0%}"] = seconds(bitmask.matmul_bitmask, x, one)
+            with asked("matmul_overflow=triton,matmul24=gluon"):
+                for share, one in beside.items() if tokens <= eligibility.OVERFLOW_TOKENS else ():
+                    base = sparse24.unpack24(one.values_OV, one.metadata_OB)
+                    check_product(overflow.matmul_overflow(x, one), x, masked[share], base)
+                    row[f"2:4 and surplus {share:.0%}"] = seconds(overflow.matmul_overflow, x, one)
             dense = seconds(dense_product, x, weight)
             yield {"outputs": outputs, "inputs": inputs, "tokens": tokens, "cublas": dense, **row}
 
 
 def part_prefill(quick: bool) -> Iterator[Row]:
-    """More tokens than the decode kernel takes: the matrix is expanded, then cuBLAS multiplies."""
-    for (outputs, inputs), tokens in itertools.product([(256, 512)] if quick else SHAPES[:4], [128, 512, 2048, 8192]):
+    """More tokens than the decode kernel takes: the matrix is expanded, then cuBLAS multiplies; or cuSPARSELt."""
+    shapes = [(256, 512)] if quick else SHAPES[:4] + JOINED
+    for (outputs, inputs), tokens in itertools.product(shapes, [128, 512, 2048, 8192]):
         weight, x = two_of_four(outputs, inputs), random(tokens, inputs)
         packed = sparse24.pack24(weight)
         with asked("matmul24=triton,unpack24=triton"):
             check_product(sparse24.matmul24(x, *packed), x, weight)
             expand = seconds(sparse24.unpack24, *packed)
             ours = seconds(sparse24.matmul24, x, *packed)
+        compressed = sparse24.compress24(weight)
+        with asked("matmul24=cusparselt"):
+            check_product(sparse24.matmul24(x, *packed, compressed), x, weight)
+            library = seconds(sparse24.matmul24, x, *packed, compressed)
         dense = seconds(dense_product, x, weight)
         shape = {"outputs": outputs, "inputs": inputs, "tokens": tokens}
-        yield {**shape, "expand": expand, "expand and multiply": ours, "cublas": dense}
+        yield {**shape, "expand": expand, "expand and multiply": ours, "cusparselt": library, "cublas": dense}
 
 
 PARTS = {
