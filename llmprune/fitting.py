@@ -56,7 +56,7 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast:
         job.epochs,
         [one["input_ids"].numel() for one in job.share.batches],
         engine.batch_size,
-        hidden=job.config.get_text_config().hidden_size * job.dtype.itemsize,
+        hidden=job.model.get_input_embeddings().weight.shape[1] * job.dtype.itemsize,
         layer=sum(one.numel() for one in probe.unit.module.parameters()) * job.dtype.itemsize,
         stored=sum(one.bytes for one in job.checkpoint.entries.values()) if job.checkpoint else 0,
         processes=job.ranks.count,

@@ -93,7 +93,7 @@ class Probe:
         self._since = time.perf_counter()
         self._weights.load(unit)
         if unit is self.unit:
-            self.found.load_s = time.perf_counter() - self._since
+            self.found.load_s = self._seconds()
             self._start()
 
     def enter_dense(self, unit: Unit) -> None:
@@ -110,9 +110,9 @@ class Probe:
         with torch._C.DisableTorchFunction():
             for one in distinct:
                 x_TI = torch.ones(one.tokens, one.width, device=next(unit.module.parameters()).device)
-                started = time.perf_counter()
+                self._start()
                 Stats(one.width, self.kinds, x_TI.device).update(x_TI)
-                self.found.sums_s += time.perf_counter() - started
+                self.found.sums_s += self._seconds()
             self._solve(unit, {spec.name: (stats[spec.name], transposed[spec.name]) for spec in self._in(unit, stats)})
 
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
@@ -124,7 +124,7 @@ class Probe:
 
     def leave(self, unit: Unit) -> None:
         if unit is self.unit:
-            self.found.forward_s = time.perf_counter() - self._since
+            self.found.forward_s = self._seconds()
             self.found.forward = self._peak()
             self._done = True
         self._weights.free(unit)
@@ -146,7 +146,7 @@ class Probe:
         self._method.solve(Matrix(spec.name, dense_OI), stats, self._plan.budgets[spec.name])
         if stats is not None and stats.has_gram:
             output_energy(dense_OI, stats.gram_lower_II)
-        taken = time.perf_counter() - self._since
+        taken = self._seconds()
         self.found.solving = self._peak() + 2 * dense_OI.nbytes  # as read, and its edit
         self.found.solve_s = taken * sum(costs.values()) / costs[spec]
 
@@ -154,6 +154,10 @@ class Probe:
         self._meter.reset()
         self.found.entered = self.found.entered or self._meter.now()
         self._before, self._since = self._meter.now(), time.perf_counter()
+
+    def _seconds(self) -> float:
+        self._meter.wait()
+        return time.perf_counter() - self._since
 
     def _peak(self) -> int:
         return max(self._meter.peak() - self._before, 0)
@@ -232,10 +236,6 @@ def _cost(spec: MatrixSpec, width: int) -> float:
 
 
 def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds >= 90
-        else f"{seconds:.0f} s"
-    )
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -105,6 +105,11 @@ class Meter:
         self._watch._sample()
         return self._watch.anonymous
 
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
     def close(self) -> None:
         if self._watch is not None:
             self._watch.__exit__()

@@ -215,5 +215,7 @@ def _linked() -> Iterator[None]:
     """Errors of a collective are those of a peer that has gone."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RunError(f"{LOST} ({str(error).splitlines()[0]})") from error
