@@ -253,7 +253,7 @@ class Output:
         if line["file"] is None:
             return True
         try:
-            return _digest(self.partial / line["file"]) == line["sha256"]
+            return bool(_digest(self.partial / line["file"]) == line["sha256"])
         except OSError:
             return False
 
