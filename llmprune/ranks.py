@@ -218,4 +218,4 @@ def _linked() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise RunError(f"{LOST} ({str(error).splitlines()[0]})") from error
+        raise RunError(f"{LOST} ({str(error).splitlines()[0].partition('. ')[0]})") from error
