@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit
 from llmprune.checkpoint.output import JOIN_BYTES
-from llmprune.checkpoint.verify import SHARE as RELOADED
 from llmprune.engine import schedule
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy
-from llmprune.memory import Meter, available, free, give_back
+from llmprune.memory import Meter, free, give_back
 from llmprune.plan import Plan
 from llmprune.statistics import DRIFT, Stats
 from llmprune.types import Matrix, MatrixSpec, Method
@@ -75,7 +74,7 @@ class Probe:
         self._plan, self._weights, self._method, self._meter = plan, weights, method, meter
         self.unit = max(plan.chosen_units(), key=lambda unit: _chosen(plan, unit))
         self.found = Measured()
-        self._since, self._done = 0.0, False
+        self._since, self._passing, self._done = 0.0, False, False
 
     def run_on(self, model: PreTrainedModel, batch: Any) -> Measured:
         """`batch`: keyword arguments of the model."""
@@ -119,7 +118,8 @@ class Probe:
         raise AssertionError("a probe fits nothing")
 
     def finish(self, unit: Unit) -> None:
-        if unit is self.unit:
+        if unit is self.unit and not self._passing:
+            self._passing = True
             self._start()
 
     def leave(self, unit: Unit) -> None:
@@ -208,9 +208,8 @@ class Situation:
             self.layer,  # written: one copy for the file
             fitting,
         )
-        verifying = found.entered - self.layer + (self.stored if self.stored <= RELOADED * available() else 0)
         joining = found.entered - self.layer + min(self.stored, JOIN_BYTES)
-        return int(max(found.entered + waiting + max(phases), verifying, joining))
+        return int(max(found.entered + waiting + max(phases), joining))
 
     def choose(
         self, found: Measured, unit: Unit, how: str, device: torch.device, *, schedules: bool, sizes: bool

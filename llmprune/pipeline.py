@@ -184,6 +184,7 @@ class Pruning:
 
     def _prune(self, unit: Unit, spec: MatrixSpec, stats: Stats | None) -> None:
         started = time.perf_counter()
+        give_back()  # what the forward, or the matrix before, has freed
         budget = self._plan.budgets[spec.name]
         unseen = stats is None and bool(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
