@@ -51,7 +51,7 @@ def evaluate(
     windows = {key: options[key] for key in WINDOWS if key in options}
     settings = {key: options[key] for key in HARNESS if key in options}
     if names:
-        _harness().manager(names, task_data)  # a wrong name is found before the models are loaded
+        task_harness().manager(names, task_data)  # a wrong name is found before the models are loaded
     place: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     wanted = _Wanted(specs, names, asked, windows, settings, task_data, batch_size)
     opened = open_model(model, tokenizer, **place)
@@ -70,7 +70,7 @@ def evaluate(
                 }
                 for spec in specs
             },
-            "tasks": _harness().compare(samples, dense_samples) if names else {},
+            "tasks": task_harness().compare(samples, dense_samples) if names else {},
         }
     return result
 
@@ -95,7 +95,7 @@ class _Wanted:
         result: dict[str, Any] = {"perplexity": texts}
         samples: dict[str, Any] = {}
         if self.tasks:
-            result["tasks"], samples = _harness().measure(
+            result["tasks"], samples = task_harness().measure(
                 model, tokenizer, self.tasks, batch_size=self.batch_size, folder=self.folder, **self.settings
             )
         if self.prompts:
@@ -113,7 +113,8 @@ def _name(model: str | Path | PreTrainedModel) -> str:
     return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
-def _harness() -> Any:
+def task_harness() -> Any:
+    """The module that runs tasks; raises UserError if lm-eval is not installed."""
     try:
         from llmprune.eval import harness
     except ImportError as error:

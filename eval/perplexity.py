@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune import calibration
-from llmprune.checkpoint.skeleton import load_config, quiet_loader
+from llmprune.checkpoint.skeleton import load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
 from llmprune.job import load_tokenizer, longest
@@ -51,13 +51,7 @@ def open_model(
         quick = _on_sparse_kernels(folder)
         return quick.to(place).eval(), tokenizer or load_tokenizer(folder, trust_remote_code)
     try:
-        with quiet_loader():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=choose_dtype(dtype, config, place),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
+        loaded, info = load_model(folder, dtype=choose_dtype(dtype, config, place), trust_remote_code=trust_remote_code)
     except RuntimeError as error:
         raise UserError(f"the weights of {folder} do not fit its configuration: {error}") from error
     if info["missing_keys"]:

@@ -37,12 +37,12 @@ class Moments:
         if later.tokens:
             self._add(later.tokens, later.square_sums_I, later.mean_I, later._deviation_I)
 
-    def pool(self, tokens: int, sum_: Callable[[torch.Tensor], None]) -> None:
-        """Make these the moments of `tokens` tokens in all processes; `sum_` adds a tensor up over them, in place."""
+    def pool(self, own: int, tokens: int, sum_: Callable[[torch.Tensor], None]) -> None:
+        """Make these, of `own` tokens, the moments of `tokens` in all processes; `sum_` adds a tensor up over them."""
         own_I = self.mean_I
-        self.mean_I = own_I * (self.tokens / max(tokens, 1))
+        self.mean_I = own_I * (own / max(tokens, 1))
         sum_(self.mean_I)
-        self._deviation_I += (own_I - self.mean_I).square() * self.tokens
+        self._deviation_I += (own_I - self.mean_I).square() * own
         sum_(self._deviation_I)
         sum_(self.square_sums_I)
         self.tokens = tokens

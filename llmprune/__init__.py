@@ -14,7 +14,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "prune": "llmprune.api",
+    "recover": "llmprune.api",
     "evaluate": "llmprune.eval.evaluate",
+    "run": "llmprune.workflow",
+    "search": "llmprune.searching.find",
     "load": "llmprune.sparse",
     "accelerate": "llmprune.sparse",
     "save_packed": "llmprune.sparse",
@@ -23,15 +26,30 @@ _PUBLIC = {
     "UserError": "llmprune.types",
     "RunError": "llmprune.types",
 }
-__all__ = ["Recipe", "Result", "RunError", "UserError", "accelerate", "evaluate", "load", "prune", "save_packed"]
+__all__ = [
+    "Recipe",
+    "Result",
+    "RunError",
+    "UserError",
+    "accelerate",
+    "evaluate",
+    "load",
+    "prune",
+    "recover",
+    "run",
+    "save_packed",
+    "search",
+]
 
 if TYPE_CHECKING:
-    from llmprune.api import prune
+    from llmprune.api import prune, recover
     from llmprune.eval.evaluate import evaluate
     from llmprune.recipe import Recipe
     from llmprune.result import Result
+    from llmprune.searching.find import search
     from llmprune.sparse import accelerate, load, save_packed
     from llmprune.types import RunError, UserError
+    from llmprune.workflow import run
 
 
 def __getattr__(name: str) -> Any:

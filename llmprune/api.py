@@ -1,4 +1,4 @@
-"""The Python interface: `prune`; `evaluate` lies in `llmprune.eval.evaluate`."""
+"""The Python interface: `prune` and `recover`; `evaluate` lies in `llmprune.eval.evaluate`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,22 @@ from llmprune.types import UserError
 
 # Short names of the recipe keys that people set most; everything else goes by its dotted key.
 SHORT = {
+    "calibration": "calibration.source",
     "samples": "calibration.samples",
     "seqlen": "calibration.seqlen",
     "batch_size": "engine.batch_size",
     "schedule": "engine.schedule",
     "device": "engine.device",
     "dtype": "engine.dtype",
+}
+SHORT_RECOVERY = {
+    "seqlen": "data.seqlen",
+    "teacher": "distill.teacher",
+    "steps": "training.steps",
+    "epochs": "training.epochs",
+    "minutes": "training.minutes",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
 }
 
 
@@ -51,10 +61,9 @@ def prune(
     Returns the report and the model. Raises UserError for wrong input, before anything is written,
     and RunError when the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
     """
-    chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if isinstance(calibration, str):
-        chosen["calibration.source"] = calibration
-        calibration = None
+        settings["calibration"], calibration = calibration, None
+    chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if not isinstance(model, PreTrainedModel):
         chosen["model"] = str(model)
         if out is None and not dry_run:
@@ -72,3 +81,35 @@ def prune(
             dry_run=dry_run,
             reporter=reporter or Reporter(quiet=True),
         )
+
+
+def recover(
+    model: str | Path,
+    *,
+    out: str | Path,
+    data: str | None = None,
+    recipe: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Result:
+    """Win back what pruning cost, with the same zeros.
+
+    `model`: the folder of a pruned model. `out`: the folder to write. `data`: SPEC of the text or the instructions to
+    train on, whose last part is held out. `settings` are recipe keys: `how` ("blockwise", "finetune", "distill",
+    "lora", "masked", "spp", "merge-then-mask", "gradual", "movement"), `teacher` (the dense model), `steps`, `epochs`,
+    `minutes`, `batch_size`, `learning_rate`, `seqlen`, `seed`, and the rest.
+
+    Returns the report and the model. Raises UserError for wrong input, before anything is written, and RunError when
+    the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
+    """
+    from llmprune.recovery.recipe import load_recovery
+    from llmprune.recovery.run import recover as run
+
+    chosen = {SHORT_RECOVERY.get(key, key): value for key, value in settings.items() if value is not None}
+    chosen["model"] = str(model)
+    if data is not None:
+        chosen["data.source"] = data
+    ready = load_recovery(Path(recipe) if recipe else None, chosen)
+    return run(ready, Path(out), resume=resume, overwrite=overwrite, reporter=reporter)

@@ -67,18 +67,27 @@ def read_documents(spec: str, *, split: str = "train") -> list[str]:
     `file:PATH[:FIELD]` (.txt, .jsonl, .json, .parquet), `hub:DATASET[:CONFIG[:SPLIT[:FIELD]]]`,
     `wikitext2`, `c4`, `ptb`, or `demo`, the text that comes with the package.
     """
+    rows, field, where = read_rows(spec, split=split)
+    return _field(rows, field or "text", where)
+
+
+def read_rows(spec: str, *, split: str = "train") -> tuple[Iterable[Any], str, object]:
+    """What a SPEC names, not yet reduced to texts: rows (texts, or mappings), the field named in it, and its source.
+
+    The field is "" where the SPEC names none. Raises UserError if nothing can be read.
+    """
     if spec == "demo":
         name = "calibration.txt" if split == "train" else "eval.txt"
-        return [resources.files("llmprune.demo").joinpath(name).read_text(encoding="utf-8")]
+        return [resources.files("llmprune.demo").joinpath(name).read_text(encoding="utf-8")], "", spec
     kind, _, rest = spec.partition(":")
     if kind == "file" and rest:
         return _read_file(rest)
     if spec in CORPORA:
         dataset, config, train, evaluation, field = CORPORA[spec]
-        return _read_hub(dataset, config, train if split == "train" else evaluation, field)
+        return _read_hub(dataset, config, train if split == "train" else evaluation), field, dataset
     if kind == "hub" and rest:
         dataset, config, chosen, field = [*rest.split(":"), "", "", ""][:4]
-        return _read_hub(dataset, config or None, chosen or split, field or "text")
+        return _read_hub(dataset, config or None, chosen or split), field, dataset
     hint = f"; for a file write file:{spec}" if Path(spec).exists() else ""
     raise UserError(
         f"text {spec!r} is not understood{hint}. Give file:PATH[:FIELD], hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], "
@@ -86,26 +95,24 @@ def read_documents(spec: str, *, split: str = "train") -> list[str]:
     )
 
 
-def _read_file(rest: str) -> list[str]:
+def _read_file(rest: str) -> tuple[Iterable[Any], str, object]:
     path, field = Path(rest), ""
     if not path.is_file() and ":" in rest:
         head, _, field = rest.rpartition(":")
         path = Path(head)
     if not path.is_file():
         raise UserError(f"there is no text file {str(path)!r}")
-    field = field or "text"
     try:
         if path.suffix == ".jsonl":
             # not splitlines(): a text may hold the other line ends that Unicode knows
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-            return _field(rows, field, path)
+            lines = path.read_text(encoding="utf-8").split("\n")
+            return [json.loads(line) for line in lines if line.strip()], field, path
         if path.suffix == ".json":
-            return _field(json.loads(path.read_text(encoding="utf-8")), field, path)
+            return json.loads(path.read_text(encoding="utf-8")), field, path
         if path.suffix == ".parquet":
-            return _field(
-                _datasets("parquet files").load_dataset("parquet", data_files=str(path), split="train"), field, path
-            )
-        return [path.read_text(encoding="utf-8")]
+            library = _datasets("parquet files")
+            return library.load_dataset("parquet", data_files=str(path), split="train"), field, path
+        return [path.read_text(encoding="utf-8")], field, path
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
 
@@ -131,12 +138,12 @@ def _datasets(what: str) -> Any:
     return datasets
 
 
-def _read_hub(dataset: str, config: str | None, split: str, field: str) -> list[str]:
+def _read_hub(dataset: str, config: str | None, split: str) -> list[Any]:
     library = _datasets(dataset)
     streaming = dataset == CORPORA["c4"][0]
     try:
         rows = library.load_dataset(dataset, config, split=split, streaming=streaming)
-        return _field(rows.take(C4_DOCUMENTS) if streaming else rows, field, dataset)
+        return list(rows.take(C4_DOCUMENTS) if streaming else rows)
     except (ValueError, OSError, library.exceptions.DatasetsError) as error:
         raise UserError(f"the dataset {dataset!r} cannot be loaded: {error}") from error
 

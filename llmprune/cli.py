@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from llmprune import ranks
-from llmprune.commands import AsJson, Model, Quiet, Trust
+from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
 from llmprune.commands.bench import bench
 from llmprune.commands.evaluate import evaluate
 from llmprune.commands.push import push
+from llmprune.commands.recover import recover
 from llmprune.commands.report import report
+from llmprune.commands.run import run
+from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
@@ -31,11 +33,21 @@ errors = Console(stderr=True, highlight=False)
 
 # Arguments of `api.prune` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+# What to do after a run that broke off, by command.
+HINTS = {
+    "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "recover": "\nwhat is finished is kept; run the same command with --resume to go on",
+    "search": "\nwhat is measured is kept; run the same command again to go on",
+    "run": "\nwhat is finished is kept; run the same command again to go on",
+}
 
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(push)
+app.command()(recover)
 app.command()(report)
+app.command()(run)
+app.command()(search)
 
 
 @app.command()
@@ -49,6 +61,13 @@ def prune(
         str | None, typer.Option(help="Decoder layers to leave out: how many (4), or which (5,6,7).")
     ] = None,
     drop_experts: Annotated[float | None, typer.Option(help="Fraction of every layer's experts to leave out.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="plain, or remote-code: smaller where no plain class holds the result.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of the decoder layers' parameters to take out, as heads and channels.")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters the model should have, for example 6e9.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text SPEC: file:PATH[:FIELD], wikitext2, c4, ptb, hub:…, demo.")
     ] = None,
@@ -59,9 +78,7 @@ def prune(
     allocation: Annotated[str | None, typer.Option(help="How the amount is spread: uniform, global, owl, …")] = None,
     targets: Annotated[str | None, typer.Option(help="Matrices: names, globs, re:REGEX; comma list.")] = None,
     ignore: Annotated[str | None, typer.Option(help="Matrices to leave alone; same form.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any recipe key or method option.")
-    ] = None,
+    settings: Settings = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe file; options win over it.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the forward passes: float32, bfloat16, float16.")] = None,
@@ -83,6 +100,9 @@ def prune(
         "pattern": pattern,
         "drop_layers": drop_layers,
         "drop_experts": drop_experts,
+        "layout": layout,
+        "ratio": ratio,
+        "params": params,
         "calibration": calibration,
         "samples": samples,
         "seqlen": seqlen,
@@ -96,7 +116,7 @@ def prune(
         "seed": seed,
         "trust_remote_code": trust_remote_code or None,
     }
-    given.update(_settings(settings or []))
+    given.update(read_settings(settings or [], NO_SETTINGS))
     model = model or _model_of(recipe)
     reporter = Reporter(quiet=quiet or not ranks.leads())
     result = api.prune(
@@ -159,24 +179,6 @@ def demo(
     run(out, quiet=quiet)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` pairs, values read as YAML: 0.1, true, [a, b]; raises UserError."""
-    from llmprune.recipe import read_yaml
-
-    found = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {pair!r} must have the form KEY=VALUE")
-        if key in NO_SETTINGS:
-            raise UserError(f"--set {pair!r}: {key} is no recipe key, but an argument of the command")
-        try:
-            found[key] = read_yaml(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {pair!r}: the value is not understood: {error}") from error
-    return found
-
-
 def _model_of(recipe: Path | None) -> str:
     from llmprune.recipe import load_recipe
 
@@ -202,7 +204,8 @@ def _show_plan(report: dict[str, Any]) -> None:
         f"{len(report['tensors'])} matrices, {totals['zeros']:,} of {totals['weights']:,} weights would become zero; "
         f"{len(report['left_alone'])} others are left alone"
     )
-    print(Forecast(**report["forecast"]))
+    if report["forecast"] is not None:
+        print(Forecast(**report["forecast"]))
 
 
 def _show_result(report: dict[str, Any], out: Path | None) -> None:
@@ -247,10 +250,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    resumable = "prune" in sys.argv[1:2]
-    if ranks.launched() and sys.argv[1:] and not resumable:
+    if ranks.launched() and sys.argv[1:] and sys.argv[1] != "prune":
         _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
-    hint = "\nwhat is finished is kept; run the same command with --resume to go on" if resumable else ""
+    hint = HINTS.get("".join(sys.argv[1:2]), "")
     try:
         app()
     except UserError as error:

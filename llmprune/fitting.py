@@ -11,8 +11,10 @@ import torch
 
 from llmprune.forecast import Forecast, Probe, Situation
 from llmprune.memory import Meter
-from llmprune.pipeline import schedule_of
+from llmprune.pipeline import Pruning, schedule_of
 from llmprune.progress import Reporter
+from llmprune.statistics import OF_WEIGHTS
+from llmprune.types import RunError
 from llmprune.weights import Resident, Streamed
 
 if TYPE_CHECKING:
@@ -26,9 +28,9 @@ def settle(job: Job, weights: Streamed | Resident, reporter: Reporter, started: 
     records = job.output.records if job.output is not None else {}
     if ENGINE in records:
         job.use_engine(**{key: records[ENGINE][key] for key in ("schedule", "batch_size")})
-    if resumed:
+    found = None if resumed else look_ahead(job, weights)
+    if found is None:
         return
-    found = look_ahead(job, weights)
     found = job.forecast = dataclasses.replace(found, seconds=found.seconds + time.perf_counter() - started)
     reporter.say(str(found))
     if (found.schedule, found.batch_size) != (_schedule(job), job.recipe.engine.batch_size):
@@ -43,8 +45,13 @@ def settle(job: Job, weights: Streamed | Resident, reporter: Reporter, started: 
         reporter.warn(job.notes[-1])
 
 
-def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast:
-    """Measure the largest layer on one batch, and foresee the run; prunes nothing."""
+def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
+    """Measure the largest layer on one batch, and foresee the run; prunes nothing.
+
+    None for a method that reads gradients: what they cost is not foreseen.
+    """
+    if job.method.needs & OF_WEIGHTS:
+        return None
     engine = job.recipe.engine
     meter = Meter(job.device)
     probe = Probe(job.plan, weights, job.method, meter, all_experts=job.recipe.calibration.all_experts)
@@ -74,6 +81,22 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast:
     return min(everyone, key=lambda one: (one.batch_size, one.schedule == "module", -one.seconds))
 
 
+def finished(job: Job, pruning: Pruning, weights: Streamed | Resident) -> bool:
+    """Prune; False if the device ran out of memory on the way, and smaller batches may help."""
+    try:
+        if job.method.needs:
+            pruning.run_on(job.model)
+        else:
+            pruning.run_without_data()
+    except torch.OutOfMemoryError as error:
+        # a resident layer may be half pruned, and other processes wait in their own batches
+        if job.recipe.engine.batch_size == 1 or job.ranks.count > 1 or isinstance(weights, Resident):
+            advice = "give a smaller --batch-size, fewer --samples, or more processes"
+            raise RunError(f"{job.device} is out of memory; {advice}") from error
+        return False
+    return True
+
+
 def halve_batches(job: Job, weights: Streamed | Resident, reporter: Reporter) -> None:
     """After the device ran out of memory: let go of everything on it, and go on with smaller batches."""
     for unit in job.plan.units:
@@ -86,4 +109,4 @@ def halve_batches(job: Job, weights: Streamed | Resident, reporter: Reporter) ->
 
 
 def _schedule(job: Job) -> str:
-    return schedule_of(job.recipe, job.method, job.epochs)
+    return schedule_of(job.recipe, job.method.needs, job.epochs)

@@ -49,6 +49,11 @@ class Forecast:
         )
 
 
+def as_record(forecast: Forecast | None) -> dict[str, Any] | None:
+    """For the report."""
+    return None if forecast is None else dataclasses.asdict(forecast)
+
+
 @dataclass
 class Measured:
     """What one layer costs: seconds for one batch (`forward`, `sums`) or at all, and bytes beyond the layer itself."""
@@ -114,7 +119,7 @@ class Probe:
                 self.found.sums_s += self._seconds()
             self._solve(unit, {spec.name: (stats[spec.name], transposed[spec.name]) for spec in self._in(unit, stats)})
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a probe fits nothing")
 
     def finish(self, unit: Unit) -> None:
@@ -191,15 +196,16 @@ class Situation:
     def _memory(self, found: Measured, how: str, batch_size: int, beside: bool) -> int:
         smaller = batch_size / self.batch_size
         tokens = sum(self.tokens)
+        batches = tokens / self.tokens[0] if self.tokens else 0.0
         waiting = COPIES * (1 + beside) * tokens * self.hidden
         inside = found.forward * smaller
         sums = found.sums * (2 if DRIFT in self.method.needs else 1)
         if how == "module":
             # every batch stands inside the layer
-            inside = found.forward * (tokens / self.tokens[0])
+            inside = found.forward * batches
         if beside:
             # the dense model's inputs of every matrix, and its outputs
-            waiting += int(found.observed * tokens / self.tokens[0])
+            waiting += int(found.observed * batches)
         fitting = 4 * self.layer + 3 * found.forward * smaller if self.epochs else 0
         phases = (
             found.observed * smaller + sums,

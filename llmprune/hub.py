@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from jinja2 import Environment, PackageLoader
 
 from llmprune.checkpoint.source import Checkpoint
+from llmprune.report import words
 from llmprune.types import RunError, UserError
 
 BEGIN, END = "<!-- llmprune: begin, rewritten at every push -->", "<!-- llmprune: end -->"
@@ -73,7 +74,7 @@ def push(
             folder_path=path,
             revision=revision,
             create_pr=create_pr,
-            commit_message=f"Pruned by llmprune: {report['recipe']['method']}",
+            commit_message=f"Pruned by llmprune: {words.methods(report)}",
             ignore_patterns=[*LEFT_OUT, CARD],
         )
         # not by way of the folder: a card left there would win over later edits on the Hub
@@ -147,7 +148,7 @@ def model_card(
     parts = Environment(loader=PackageLoader("llmprune.report", "."), trim_blocks=True, keep_trailing_newline=False)
     source = (report.get("calibration") or {}).get("source", "")
     block = parts.get_template("card_block.md").render(
-        report=report, base=base, repo=repo_id, begin=BEGIN, end=END,
+        report=report, steps=words.steps(report), amount=words.amount, base=base, repo=repo_id, begin=BEGIN, end=END,
         calibration=_without_folder(source), results=[row for row, _ in results],
     )  # fmt: skip
     existing = _existing(folder, repo_id, revision, api)
@@ -194,9 +195,9 @@ def _update(data: Any, base: str | None, license: str | None, report: dict[str, 
     data.license = license
     data.library_name = data.library_name or "transformers"
     data.pipeline_tag = data.pipeline_tag or "text-generation"
-    ours = ["llmprune", "pruned", report["recipe"]["method"]]
-    if report["recipe"]["pattern"] != "unstructured":
-        ours.append(f"{report['recipe']['pattern']}-sparsity")
+    steps = words.steps(report)
+    ours = ["llmprune", "pruned", *(recipe["method"] for recipe in steps)]
+    ours += [f"{recipe['pattern']}-sparsity" for recipe in steps if recipe["pattern"] != "unstructured"]
     data.tags = list(dict.fromkeys([*(data.tags or []), *ours]))
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,33 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
+from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
+from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
-from llmprune.checkpoint.source import Checkpoint, companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
-from llmprune.engine.share import Share, share_out
-from llmprune.fitting import ENGINE, halve_batches, look_ahead, settle
-from llmprune.forecast import Forecast
+from llmprune.engine.gradients import Gradients
+from llmprune.engine.share import Share
+from llmprune.engine.trunk import Trunk
+from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
+from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
 from llmprune.memory import PeakMemory
-from llmprune.methods import epochs_of, method_of
+from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.types import MatrixSpec, RunError, UserError
+from llmprune.statistics import OF_WEIGHTS, REGIONAL
+from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
 
@@ -67,9 +72,9 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        reads = bool(self.method.needs) or entry(recipe.allocation).measures
+        reads = bool(self.method.needs) or entry(allocation_of(recipe)).measures
         self.tokens = self._read_tokens() if reads else None
-        self.share = self._shared(recipe.engine.batch_size)
+        self.share = self._shared()
         self.forecast: Forecast | None = None
         self.notes: list[str] = []  # what the user should know of how the run went
         self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
@@ -80,15 +85,32 @@ class Job:
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
         self.epochs = epochs_of(self.recipe)
-        self._allocator = allocator(self.recipe.allocation)
+        self._allocator = allocator(allocation_of(self.recipe))
 
     def _make_plan(self) -> Plan:
-        return select_matrices(self.model, self.recipe)
+        plan = select_matrices(self.model, self.recipe)
+        if self.method.needs & OF_WEIGHTS:
+            refuse_shared_layers(self.config)
+            if len(plan.units) > len(find_units(self.model, head=False)):
+                raise UserError(f"{self.recipe.method!r} takes gradients in decoder layers: leave out the output head")
+            if self.dtype == torch.float16:
+                raise UserError(f"gradients underflow in float16, so {self.recipe.method!r} needs another engine.dtype")
+        return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        self.budgets(self.recipe)
+
+    def budgets(self, recipe: Recipe) -> dict[str, Budget]:
+        """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
+        with torch.no_grad():
+            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+        return dict(self.plan.budgets)
+
+    def dense(self) -> Dense:
+        """The model before pruning: its chosen matrices, and passes over them that change nothing."""
         weights = self._weights(writing=False)
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
@@ -96,9 +118,7 @@ class Job:
             with self.prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self.share)
 
-        dense = Dense(self.plan.layers(), lambda: self._each_matrix(weights), measure)
-        with torch.no_grad():
-            allocate(self.plan, self.recipe, self.method, self._allocator, dense)
+        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -133,7 +153,7 @@ class Job:
             with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
                 if isinstance(weights, Streamed) and REST not in weights.done():
                     weights.commit_rest()
-                while not self._prune(weights, reporter):
+                while not finished(self, self._pruning(weights, reporter), weights):
                     halve_batches(self, weights, reporter)
         finally:
             reporter.stop()
@@ -162,32 +182,29 @@ class Job:
             "left_alone": self.plan.left_alone,
             "calibration": self._describe_calibration(),
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
-            "forecast": dataclasses.asdict(look_ahead(self, self._weights(writing=False))),
+            "forecast": as_record(look_ahead(self, self._weights(writing=False))),
         }
 
     # Parts of a run.
 
-    def _prune(self, weights: Streamed | Resident, reporter: Reporter) -> bool:
-        """Solve all matrices; False if the device ran out of memory and a smaller batch may help."""
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self.share, self.epochs)
-        try:
-            if self.method.needs:
-                pruning.run_on(self.model)
-            else:
-                pruning.run_without_data()
-        except torch.OutOfMemoryError as error:
-            # a resident layer may be half pruned, and other processes wait in their own batches
-            if self.recipe.engine.batch_size == 1 or self.ranks.count > 1 or isinstance(weights, Resident):
-                raise RunError(
-                    f"{self.device} is out of memory; give a smaller --batch-size, fewer --samples, or more processes"
-                ) from error
-            return False
-        return True
+    def _pruning(self, weights: Streamed | Resident, reporter: Reporter) -> Pruning:
+        gradients = self._gradients if self.method.needs & OF_WEIGHTS else None
+        return Pruning(self.plan, self.recipe, self.method, weights, reporter, self.share, self.epochs, gradients)
 
     def use_engine(self, **settings: Any) -> None:
         """Run with another schedule or batch size than the recipe says."""
         self.recipe = self.recipe.model_copy(update={"engine": self.recipe.engine.model_copy(update=settings)})
-        self.share = self._shared(self.recipe.engine.batch_size)
+        self.share = self._shared()
+
+    @cached_property
+    def _gradients(self) -> Gradients:
+        """Of the dense model, for the method's score; made when they are first asked for."""
+        assert self.tokens is not None
+        weights = self._weights(writing=False)
+        batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
+        with torch.no_grad(), self.prepared(weights):
+            trunk = Trunk(self.model, self.plan.units, batches, weights)
+            return Gradients(trunk, self.plan.specs(), regional=REGIONAL in self.method.needs)
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
@@ -220,6 +237,13 @@ class Job:
                     yield spec, read_matrix(unit, spec)
             weights.free(unit)
 
+    def _each_score(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+        score = score_of(self.method)
+        gradients = self._gradients if score.needs else None
+        for spec, weight_OI in self._each_matrix(weights):
+            gradient = gradients.of(spec, weight_OI.device) if gradients else None
+            yield spec, score.of(Matrix(spec.name, weight_OI, gradient))
+
     def _read_tokens(self) -> Tokens:
         settings = self.recipe.calibration
         if self._data is not None:
@@ -238,24 +262,20 @@ class Job:
         calibration.check_vocabulary("the calibration data", largest, self.model.get_input_embeddings())
         return tokens
 
-    def _shared(self, batch_size: int) -> Share:
-        """The calibration batches that this process runs; raises UserError if there are too few to go round."""
-        ordered = self.recipe.engine.reduce == "ordered"
-        batches = self.tokens.batches(batch_size) if self.tokens is not None else []
-        mine = share_out(batches, self.ranks, ordered=ordered)
-        inputs = [{"input_ids": one.to(self.device)} for one in mine.values()]
-        return Share(inputs, list(mine), self.ranks, ordered)
+    def _shared(self) -> Share:
+        engine = self.recipe.engine
+        batches = self.tokens.batches(engine.batch_size) if self.tokens is not None else []
+        return Share.of(batches, self.device, self.ranks, ordered=engine.reduce == "ordered")
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
-            files = companions(self.folder, code=self.recipe.trust_remote_code)
-            # config.json last: without it nothing takes the folder for a model
-            for path in sorted(files, key=lambda path: path.name == "config.json"):
-                shutil.copyfile(path, folder / path.name)
+            copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)
             self.model.save_pretrained(folder)
+            if hasattr(self.model.config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _stored_report(self) -> dict[str, Any]:
         assert self.output is not None
@@ -323,12 +343,12 @@ class Job:
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "calibration": self._describe_calibration(),
-            "layout": "plain",
+            "layout": "remote-code" if hasattr(self.config, "pruned_layers") else "plain",
             "run": {
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
                 "kernels": self._kernels,
-                "forecast": None if self.forecast is None else dataclasses.asdict(self.forecast),
+                "forecast": as_record(self.forecast),
                 "notes": self.notes,
                 "processes": self.ranks.count,
                 "threads": torch.get_num_threads(),
@@ -361,7 +381,7 @@ def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
     if folder is None:
         raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "

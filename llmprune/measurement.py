@@ -63,7 +63,7 @@ class Measurement:
         with torch._C.DisableTorchFunction():
             self._look(self._numbers[unit.name], matrices)
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a measurement fits nothing")
 
     def finish(self, unit: Unit) -> None:

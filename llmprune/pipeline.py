@@ -11,6 +11,7 @@ from torch import nn
 
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
+from llmprune.engine.gradients import Gradients
 from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
@@ -20,16 +21,16 @@ from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.statistics import DRIFT, Stats
+from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
 UNUSED = "no calibration token passed through it"
 
 
-def schedule_of(recipe: Recipe, method: Method, epochs: int) -> str:
+def schedule_of(recipe: Recipe, kinds: frozenset[str], epochs: int) -> str:
     """The schedule that a recipe asks for, or the one that goes with its method."""
-    by_default = "module" if DRIFT in method.needs or epochs > 0 else "layer"
+    by_default = "module" if DRIFT in kinds or epochs > 0 else "layer"
     return by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
 
 
@@ -45,13 +46,16 @@ class Pruning:
         reporter: Reporter,
         share: Share,
         epochs: int = 0,
+        gradients: Gradients | None = None,
     ) -> None:
-        self.kinds = method.needs
+        # a method that reads gradients alone still learns from the forward how matrices lie and which are reached
+        self.kinds = method.needs - OF_WEIGHTS or frozenset({MOMENTS})
+        self._gradients = gradients
         self.all_experts = recipe.calibration.all_experts
         self.reconstructs = epochs > 0
         self._epochs = epochs
         self._fits: dict[str, float] | None = None
-        self.schedule = schedule_of(recipe, method, epochs)
+        self.schedule = schedule_of(recipe, self.kinds, epochs)
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}
@@ -107,24 +111,32 @@ class Pruning:
                     self._prune(unit, spec, one)
             self._exchange(unit, specs)
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
         stored = {row.name.partition("[")[0]: None for row in self._outcomes}
         if not stored:
-            return
+            return False
         parameters = {
             name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
         }
         kept = {name: one != 0 for name, one in parameters.items()}
-        start = {name: one.float() for name, one in parameters.items()}
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
         found, before, after = reconstruct(
-            unit.module, start, kept, calls, targets, epochs=self._epochs, seed=self._recipe.seed, share=self._share
+            unit.module,
+            parameters,
+            kept,
+            storage,
+            calls,
+            targets,
+            epochs=self._epochs,
+            seed=self._recipe.seed,
+            share=self._share,
         )
         for name, one in parameters.items():
-            dtype = self._weights.storage_dtype(unit.prefix + name)
-            one.copy_(found[name].to(dtype).masked_fill(~kept[name], 0))
+            one.copy_(found[name])
         self._fits = {"before": before, "after": after}
         self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
+        return True
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:
@@ -192,7 +204,7 @@ class Pruning:
         if not bool(torch.isfinite(dense_OI).all()):
             raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
         try:
-            edit = method.solve(Matrix(spec.name, dense_OI), stats, budget)
+            edit = method.solve(self._matrix(spec, dense_OI), stats, budget)
         except RunError as error:
             raise RunError(f"{spec.name}: {error}") from error
         if unseen:
@@ -242,6 +254,10 @@ class Pruning:
         self._outcomes.append(outcome)
         self._seconds[outcome.name] = seconds
         self._reporter.matrix(outcome, seconds)
+
+    def _matrix(self, spec: MatrixSpec, dense_OI: torch.Tensor) -> Matrix:
+        gradient = self._gradients.of(spec, dense_OI.device) if self._gradients is not None else None
+        return Matrix(spec.name, dense_OI, gradient)
 
     def _check(self, spec: MatrixSpec, edit: Edit, planned: int, budget: Budget) -> None:
         """Fail the run if a method did not do what was planned."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -30,13 +30,16 @@ def _as_layers(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_as_names)]
 Layers = Annotated[int | list[int] | None, BeforeValidator(_as_layers)]
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses keys that it does not know."""
+
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
 
-class Calibration(_Strict):
+class Calibration(Strict):
     """Which text the statistics come from."""
 
     source: str = Field(default="demo", description="SPEC of the text")
@@ -50,7 +53,18 @@ class Calibration(_Strict):
     )
 
 
-class Engine(_Strict):
+class Width(Strict):
+    """What heads and channels may go."""
+
+    units: Names = Field(
+        default_factory=list, description="kv-group or query-head, channel, expert-channel; all that can"
+    )
+    round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
+    protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
+    protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
+
+
+class Engine(Strict):
     """How the run goes; none of it is meant to change a result beyond rounding."""
 
     schedule: Literal["auto", "layer", "module"] = Field(
@@ -66,7 +80,7 @@ class Engine(_Strict):
     )
 
 
-class Override(_Strict):
+class Override(Strict):
     """Another amount for some matrices; the last override that matches counts."""
 
     targets: Names
@@ -77,7 +91,11 @@ class Override(_Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
-class Recipe(_Strict):
+# Amounts of what is not weights.
+AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
+
+
+class Recipe(Strict):
     """What to prune, by which method, how much, and on which evidence."""
 
     model: str = ""
@@ -92,12 +110,21 @@ class Recipe(_Strict):
     )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    steps: int = Field(
+        default=1, ge=1, description="times the model is pruned, each more than before, calibrated anew in between"
+    )
     reconstruct: int | None = Field(
         default=None, ge=0, description="times that each layer is fitted to its dense output, over all batches"
     )
     drop_layers: Layers = Field(default=None, description="how many decoder layers, or which ones, from 0")
     drop_experts: float | None = Field(default=None, description="fraction of the routed experts of every layer")
-    allocation: str = Field(default="uniform", description="how the amount is spread over the matrices")
+    layout: Literal["plain", "remote-code"] = Field(
+        default="plain", description="remote-code may ship a modelling file, where no plain class holds the result"
+    )
+    ratio: float | None = Field(default=None, description="share of the decoder layers' parameters to take out")
+    params: float | None = Field(default=None, description="number of parameters the model should have")
+    width: Width = Field(default_factory=Width)
+    allocation: str | None = Field(default=None, description="how the amount is spread over the matrices or layers")
     targets: Names = Field(default_factory=list, description="which matrices; all of the decoder layers if empty")
     ignore: Names = Field(default_factory=list)
     overrides: list[Override] = Field(default_factory=list)
@@ -119,13 +146,17 @@ class Recipe(_Strict):
                 return {**data, "method": "keep-first" if isinstance(drop, list) else "shortgpt"}
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
+            if data.get("ratio") is not None or data.get("params") is not None:
+                return {**data, "method": "group-obs"}
         return data
 
     def budget(self) -> Budget:
         """The amount for every matrix that no override names; raises UserError."""
-        for key in ("drop_layers", "drop_experts"):
+        for key in AMOUNTS:
             if getattr(self, key) is not None:
                 raise UserError(f"{key} is no amount for {self.method!r}, which prunes weights; give a sparsity")
+        if self.layout != "plain":
+            raise UserError(f"layout {self.layout!r} has no meaning for {self.method!r}, whose result is always plain")
         pattern = Pattern.parse(self.pattern)
         if pattern.structured and self.sparsity is not None:
             raise UserError(f"give either sparsity or a pattern: {self.pattern} already implies the sparsity")
@@ -160,25 +191,33 @@ def read_yaml(text: str) -> Any:
 
 
 def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
-    """Build a recipe from a YAML file and settings that win over it.
+    """Build a recipe from a YAML file and settings that win over it; raises UserError (see `merge_settings`)."""
+    return validate(merge_settings(read_recipe(path), settings, Recipe))
 
-    Settings are named by dotted keys (`calibration.samples`); a key that is no recipe key goes to
-    the method's options. Raises UserError with the key, its value and the nearest known name.
+
+def read_recipe(path: Path | None) -> dict[str, Any]:
+    """The keys and values of a YAML recipe, none if there is no file; raises UserError."""
+    if path is None:
+        return {}
+    try:
+        loaded = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"the recipe {path} must be a mapping of keys to values")
+    return loaded
+
+
+def merge_settings(data: dict[str, Any], settings: dict[str, Any], kind: type[BaseModel]) -> dict[str, Any]:
+    """`data` with settings put in, which are named by dotted keys (`calibration.samples`).
+
+    A key that `kind` does not have goes to its `options`. Raises UserError for a key below something that has none.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = read_yaml(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"the recipe {path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise UserError(f"the recipe {path} must be a mapping of keys to values")
-        data = loaded
     for key, value in settings.items():
         head, *rest = key.split(".")
-        if not rest and head not in Recipe.model_fields:
+        if not rest and head not in kind.model_fields:
             key = f"options.{key}"
         node = data
         for part in key.split(".")[:-1]:
@@ -188,30 +227,37 @@ def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:
             if not isinstance(node, dict):
                 raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
         node[key.split(".")[-1]] = value
-    return validate(data)
+    return data
 
 
 def validate(data: dict[str, Any]) -> Recipe:
-    """A recipe from plain data; raises UserError for the first thing that is wrong with it."""
+    """A pruning recipe from plain data; raises UserError."""
+    return validated(data, Recipe)
+
+
+def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
+    """An object of `kind` from plain data; raises UserError for the first thing that is wrong with it."""
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = _keys(first["loc"][:-1])
+            known = _keys(kind, first["loc"][:-1])
             raise UserError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
         raise UserError(f"recipe key {where!r}: {first['msg']} (got {first['input']!r})") from error
 
 
 # Keys that a stage does not take over from the recipe: they belong to one method.
-OWN = ("method", "options", "sparsity", "pattern", "drop_layers", "drop_experts", "targets", "ignore", "overrides")
+OWN = ("method", "options", "sparsity", "pattern", *AMOUNTS, "layout", "targets", "ignore", "overrides")
 
 
 def stages_of(recipe: Recipe) -> list[Recipe]:
     """The recipe of every stage; raises UserError for a stage that is none, or amounts outside the stages."""
     if not recipe.stages:
-        return []
+        return _steps_of(recipe) if recipe.steps > 1 else []
+    if recipe.steps > 1:
+        raise UserError("steps belongs to a recipe without stages")
     base = recipe.model_dump(exclude={"stages", *OWN})
     fields = type(recipe).model_fields
     outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
@@ -221,6 +267,18 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         if "stages" in stage or "model" in stage:
             raise UserError("a stage has neither a model nor stages of its own")
     return [validate(_merged(base, stage)) for stage in recipe.stages]
+
+
+def _steps_of(recipe: Recipe) -> list[Recipe]:
+    """One recipe a step, with amounts that grow fast at first and slowly at the end.
+
+    The cubic schedule of Zhu and Gupta 2017 (arXiv:1710.01878, eq. 1): after step t of n the sparsity is
+    s (1 - (1 - t/n)^3).
+    """
+    if recipe.sparsity is None or recipe.overrides:
+        raise UserError("steps needs a sparsity for all matrices: a pattern, or an override, has only one amount")
+    shares = [1 - (1 - step / recipe.steps) ** 3 for step in range(1, recipe.steps + 1)]
+    return [recipe.model_copy(update={"sparsity": recipe.sparsity * share, "steps": 1}) for share in shares]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -239,8 +297,11 @@ def nearest(name: str, known: list[str]) -> str:
     return f"{meant} (known: {', '.join(sorted(known))})"
 
 
-def _keys(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = (
-        {"calibration": Calibration, "engine": Engine, "overrides": Override}.get(str(path[0])) if path else Recipe
-    )
-    return list(model.model_fields) if model else []
+def _keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at `path` (numbers are places in a list)."""
+    for part in path:
+        if isinstance(part, str):
+            annotation = kind.model_fields[part].annotation
+            inner = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
+            kind = next(one for one in inner if issubclass(one, BaseModel))
+    return list(kind.model_fields)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import expert_blocks, expert_count, find_units
-from llmprune.arch.sublayers import halves
-from llmprune.checkpoint.layer_lists import expert_groups, refuse_shared_layers
-from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
+from llmprune.checkpoint.remote import FILE, add_code, add_entries
+from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config
 from llmprune.checkpoint.verify import verify
+from llmprune.engine.absent import entries_for, modules_of, zeros_for
+from llmprune.engine.search import run_without
 from llmprune.engine.trunk import Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
@@ -28,10 +32,13 @@ from llmprune.result import Result
 from llmprune.types import RunError, UserError
 from llmprune.weights import REST, Resident, Streamed
 
-STRUCTURAL = ("depth", "expert")
+ZEROS = (
+    "no plain model class has layers without attention or MLP: where only one half goes, its last matrix is filled "
+    "with zeros, which is exact but not smaller; layout=remote-code really leaves it out"
+)
 # Recipe keys that say which weights become zero: they mean nothing here.
 WEIGHT_KEYS = (
-    *("sparsity", "pattern", "allocation", "targets", "ignore", "overrides"),
+    *("sparsity", "pattern", "targets", "ignore", "overrides"),
     *("refine", "update", "retarget", "reconstruct"),
 )
 
@@ -41,11 +48,7 @@ class Restructuring(Job):
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
-        if self.ranks.count > 1:
-            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
-        for key in WEIGHT_KEYS:
-            if getattr(recipe, key) != type(recipe).model_fields[key].get_default(call_default_factory=True):
-                raise UserError(f"{key} has no meaning for {recipe.method!r}, which leaves out whole {_units(kind)}")
+        self._refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
@@ -59,6 +62,13 @@ class Restructuring(Job):
         share = recipe.drop_experts
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
+
+    def _refuse(self, keys: Iterable[str], does: str) -> None:
+        """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
+        for key in keys:
+            field = type(self.recipe).model_fields[key]
+            if getattr(self.recipe, key) != field.get_default(call_default_factory=True):
+                raise UserError(f"{key} has no meaning for {self.recipe.method!r}, which {does}")
 
     def _make_plan(self) -> Plan:
         refuse_shared_layers(self.config)
@@ -128,156 +138,214 @@ class Restructuring(Job):
             reporter.warn(text)
         weights = self._weights(writing=True)
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
+        if self.recipe.layout == "remote-code":
+            reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
-            decision: Decision = self.method.decide(trunk, self._asked)
-        self._new_config, new, cutter = self._cutter(decision.surgery)
-        self._totals = {"params_before": _count(self.model), "params_after": _count(new)}
-        self._decision = decision
-        self._rows = [_row(key, score, decision.surgery, self.plan, cutter) for key, score in decision.scores.items()]
-        reporter.say(_in_words(decision, self.plan))
+            decision = self.method.decide(trunk, self._asked)
+            self._lay_out(decision, weights)
+        reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
-            cut_in_place(self.model, new, cutter)
+            self._cut_in_place()
         if self.output is None:
             return Result(self._report(weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer)
         self.output.open(resume=resume)
         if isinstance(weights, Streamed):
-            self._write(weights, cutter)
+            self._write(weights)
         self.output.finish(
             self._add_files, lambda folder: self._report(weights, memory, started, self._verify(folder, weights))
         )
-        return Result(self._stored_report(), self.output.folder, trust, self._given, self._tokenizer)
+        loaded = self.model if isinstance(weights, Resident) else None
+        return Result(self._stored_report(), self.output.folder, trust, loaded, self._tokenizer)
 
     # Parts of a run.
 
+    def _lay_out(self, decision: Decision, weights: Streamed | Resident) -> None:
+        """Say how halves that put out nothing are stored: left out by an entry for the layer, or filled with zeros."""
+        surgery = decision.surgery
+        if self.recipe.layout == "remote-code":
+            ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+            trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+            decision.surgery = replace(surgery, entries=entries_for(trunk, surgery.silent))
+        elif surgery.silent:
+            decision.notes["halves"] = ZEROS
+            decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
+
+    def _settle(self, decision: Decision) -> str:
+        """Take a decision: what the new model is. Returns it in words."""
+        self._decision = decision
+        self._new_config, self._new, self._cut = self._cutter(decision.surgery)
+        self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
+        scores = decision.scores.items()
+        self._rows = [_row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
+        return _in_words(decision, self.plan)
+
+    def _cut_in_place(self) -> None:
+        cut_in_place(self.model, self._new, self._cut)
+
     def _cutter(self, surgery: Surgery) -> tuple[Any, PreTrainedModel, Cutter]:
-        """The new configuration as it will be read back, an empty model of it, and the edit; raises UserError."""
+        """The new configuration, an empty model of it, and the edit; raises UserError."""
+        config, new = self._built(edited_config(self.model, self._source_config(), surgery))
+        cutter = Cutter(self.model, new, surgery)
+        if surgery.entries:
+            placed = [surgery.entries.get(index, {}) for index in surgery.layers]
+            rebuild_layers(new, cutter.path, placed)
+            for one in (config, new.config):
+                add_entries(one, cutter.path, placed)
+        return config, new, cutter
+
+    def _source_config(self) -> Any:
+        """The configuration as it was read: the one that built the model has had its dtype set."""
+        if self.folder is None:
+            return copy.deepcopy(self.config)
+        return load_config(str(self.folder), trust_remote_code=self.recipe.trust_remote_code)
+
+    def _built(self, edited: Any) -> tuple[Any, PreTrainedModel]:
+        """A new configuration as it will be read back, and an empty model of it."""
         trust = self.recipe.trust_remote_code
-        # the one that built the model has had its dtype set
-        source = (
-            copy.deepcopy(self.config)
-            if self.folder is None
-            else load_config(str(self.folder), trust_remote_code=trust)
-        )
-        edited = edited_config(self.model, source, surgery)
         with tempfile.TemporaryDirectory() as folder:
             edited.save_pretrained(folder)
             config = load_config(folder, trust_remote_code=trust) if "auto_map" not in vars(edited) else edited
-        new = build_skeleton(copy.deepcopy(config), self.dtype, trust_remote_code=trust)
-        return config, new, Cutter(self.model, new, surgery)
+        return config, build_skeleton(copy.deepcopy(config), self.dtype, trust_remote_code=trust)
 
-    def _write(self, weights: Streamed, cutter: Cutter) -> None:
-        """Write the new checkpoint a layer at a time; layers whose values stay keep their stored bytes."""
+    def _write(self, weights: Streamed) -> None:
+        """Write the new checkpoint a layer at a time."""
         assert self.output is not None and self.checkpoint is not None
-        routing, surgery, units = weights.routing, cutter.surgery, self.plan.units
-        feeds = {key: name for name, group in routing.groups.items() for key in group.keys}
-        owner = _layer_of_keys(feeds, [unit.prefix for unit in units], list(self.checkpoint.entries))
-        files = 1 + len(surgery.layers)
-        decided = _dropped(surgery)
+        feeds = {key: name for name, group in weights.routing.groups.items() for key in group.keys}
+        owner = layer_of_keys(feeds, [unit.prefix for unit in self.plan.units], list(self.checkpoint.entries))
+        layers, decided = self._layers(), self._decided()
+        files = 1 + len(layers)
         if REST not in self.output.records:
-            rest = {key: self.checkpoint.tensor(key) for key in self.checkpoint.entries if key not in owner}
+            outside = [key for key in self.checkpoint.entries if key not in owner]
+            rest = {key: self._outside(feeds.get(key, key), self.checkpoint.tensor(key)) for key in outside}
             self.output.write(REST, (1, files), rest, {"decided": decided})
         if self.output.records[REST]["decided"] != decided:
             raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
-        for place, index in enumerate(surgery.layers):
+        for place, index in enumerate(layers):
             if f"layer {index}" in self.output.records:
                 continue
-            unit = units[index]
-            changed = {name: value for name, value in surgery.replaced.items() if name.startswith(unit.prefix)}
-            stored = weights.stored(unit, changed)
-            stored.update({key: self.checkpoint.tensor(key) for key in weights.unused if owner.get(key) == index})
-            cut = (cutter.cut(key, feeds.get(key, key), tensor, index) for key, tensor in stored.items())
-            self.output.write(f"layer {index}", (2 + place, files), dict(one for one in cut if one), {})
+            unused = [key for key in weights.unused if owner.get(key) == index]
+            tensors = self._inside(weights, index, feeds, unused)
+            self.output.write(f"layer {index}", (2 + place, files), tensors, {})
             self.checkpoint.close()
+
+    def _layers(self) -> list[int]:
+        """The layers of the old model that the new one has."""
+        return list(self._cut.surgery.layers)
+
+    def _decided(self) -> dict[str, Any]:
+        """The decision as it is stored, by which a resumed run knows that it is its own."""
+        return _dropped(self._decision.surgery)
+
+    def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What becomes of a tensor outside the layers."""
+        return tensor
+
+    def _inside(
+        self, weights: Streamed, index: int, feeds: dict[str, str], unused: list[str]
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a layer by their new keys; one whose values stay keeps its stored bytes."""
+        assert self.checkpoint is not None
+        unit = self.plan.units[index]
+        replaced = self._cut.surgery.replaced.items()
+        stored = weights.stored(unit, {name: value for name, value in replaced if name.startswith(unit.prefix)})
+        stored.update({key: self.checkpoint.tensor(key) for key in unused})
+        cut = (self._cut.cut(key, feeds.get(key, key), tensor, index) for key, tensor in stored.items())
+        return dict(one for one in cut if one)
 
     def _add_files(self, folder: Path) -> None:
         super()._add_files(folder)
         if self.folder is not None:
             self._new_config.save_pretrained(folder)
+            if hasattr(self._new_config, "pruned_layers"):
+                add_code(folder, self.model)
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:
-        surgery = self._decision.surgery
         unused = weights.unused if isinstance(weights, Streamed) else []
         trust = self.recipe.trust_remote_code
         if isinstance(weights, Resident):
             return verify(folder, self._logits_in_memory, unused, trust_remote_code=trust)
-        if surgery.experts:
+        if not self._comparable():
             return verify(folder, None, unused, trust_remote_code=trust)
         return verify(
             folder,
-            self._logits_without_layers,
+            self._logits_of_old_model,
             unused,
             of="of the old model, its layers skipped and changed in memory",
             dtype=self.dtype,
             trust_remote_code=trust,
         )
 
+    def _comparable(self) -> bool:
+        """Whether the old model computes the same with layers skipped and other values in the rest."""
+        return not self._decision.surgery.experts
+
     @torch.no_grad()
-    def _logits_without_layers(self, ids: torch.Tensor) -> torch.Tensor:
+    def _logits_of_old_model(self, ids: torch.Tensor) -> torch.Tensor:
         """What the old model says if dropped layers are skipped and changed parameters have their new values."""
         weights = self._weights(writing=False)
         with self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
             states = trunk.enter()
-            surgery = self._decision.surgery
-            for index in surgery.layers:
+            for index in self._layers():
                 unit = self.plan.units[index]
-                changed = {
-                    name.removeprefix(unit.prefix): value.to(weights.storage_dtype(name)).to(self.device, self.dtype)
-                    for name, value in surgery.replaced.items()
-                    if name.startswith(unit.prefix)
-                }
-                with trunk.loaded(index), holding(unit.module, changed):
-                    states = trunk.run(index, states)
+                gone = {(index, half) for half in self._decision.surgery.silent.get(index, ())}
+                with trunk.loaded(index):
+                    changed = {
+                        name.removeprefix(unit.prefix): value.to(self.device, self.dtype)
+                        for name, value in self._changed(weights, index).items()
+                    }
+                    with holding(unit.module, changed):
+                        states = run_without(trunk, index, states, gone)
             return trunk.logits(0, states[0])
+
+    def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
+        """The parameters of a loaded layer of the old model that have other values in the new one."""
+        prefix = self.plan.units[index].prefix
+        replaced = self._decision.surgery.replaced.items()
+        return {name: one.to(weights.storage_dtype(name)) for name, one in replaced if name.startswith(prefix)}
 
     def _report(
         self, weights: Streamed | Resident, memory: PeakMemory, started: float, verified: str
     ) -> dict[str, Any]:
-        decision = self._decision
         left_alone = dict.fromkeys(
             weights.unused if isinstance(weights, Streamed) else [],
             "not used by the model class; carried over as it is",
         )
+        structure, zeros = self._structure()
         return {
             **self._describe_run(memory, started),
             "tensors": [],
             "left_alone": left_alone,
-            "structure": {
-                "kind": self.method.kind,
-                "dropped": _dropped(decision.surgery),
-                "scores": self._rows,
-                "changed": sorted(decision.surgery.replaced),
-                "figures": decision.figures,
-                "notes": decision.notes,
-            },
-            "totals": {
-                **self._totals,
-                "zeros": sum(int((one == 0).sum()) for one in decision.surgery.replaced.values()),
-            },
-            "warnings": list(self.tokens.warnings if self.tokens else ()),
+            "layout": "remote-code" if hasattr(self._new_config, "pruned_layers") else "plain",
+            "structure": {"kind": self.method.kind, **structure},
+            "totals": {**self._totals, "zeros": zeros},
+            "warnings": [*(self.tokens.warnings if self.tokens else ()), *self._warnings()],
             "verified": verified,
         }
+
+    def _structure(self) -> tuple[dict[str, Any], int]:
+        """What the report says of the decision, and how many zeros it put in."""
+        decision = self._decision
+        structure = {
+            "dropped": _dropped(decision.surgery),
+            "scores": self._rows,
+            "changed": sorted(decision.surgery.replaced),
+            "figures": decision.figures,
+            "notes": decision.notes,
+        }
+        return structure, sum(int((one == 0).sum()) for one in decision.surgery.replaced.values())
+
+    def _warnings(self) -> list[str]:
+        """What the user should know of the result."""
+        return []
 
 
 def _units(kind: str) -> str:
     return "layers" if kind == "depth" else "experts"
 
 
-def _layer_of_keys(feeds: dict[str, str], prefixes: list[str], keys: list[str]) -> dict[str, int]:
-    """Which layer every tensor of the checkpoint belongs to, those that the model does not use included."""
-    starts: dict[str, int] = {}
-    for key, name in feeds.items():
-        for index, prefix in enumerate(prefixes):
-            if name.startswith(prefix):
-                parts = key.split(".")
-                number = next((place for place, part in enumerate(parts) if part == str(index)), None)
-                if number is not None:
-                    starts[".".join(parts[: number + 1]) + "."] = index
-    return {key: index for key in keys for start, index in starts.items() if key.startswith(start)}
-
-
-def _count(model: PreTrainedModel) -> int:
+def count(model: PreTrainedModel) -> int:
     tied = model.all_tied_weights_keys
     return sum(one.numel() for name, one in model.named_parameters() if name not in tied)
 
@@ -291,10 +359,12 @@ def _row(key: Any, score: float, surgery: Surgery, plan: Plan, cutter: Cutter) -
         name, dropped = f"{unit.name} expert {part}", part not in surgery.experts[index]
         saved = cutter.saved(index)
     elif part is not None:
-        # a half that goes alone is filled with zeros, which saves nothing
         name = f"{unit.name} {part}"
-        zeros = [unit.prefix + one for one in halves(unit.module)[part].parameters]
-        dropped = dropped or all(one in surgery.replaced for one in zeros)
+        dropped = dropped or part in surgery.silent.get(index, ())
+        # a half that is filled with zeros saves nothing
+        if index in surgery.dropped or not surgery.replaced:
+            modules = [unit.module.get_submodule(one) for one in modules_of(unit.module, part)]
+            saved = sum(one.numel() for module in modules for one in module.parameters())
     elif dropped:
         saved = sum(one.numel() for one in unit.module.parameters())
     return {"name": name, "score": score, "dropped": dropped, "saved": saved if dropped else 0}

@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from llmprune.checkpoint.skeleton import quiet_loader
+from llmprune.checkpoint.remote import trusted
+from llmprune.checkpoint.skeleton import load_model
 from llmprune.types import UserError
 
 
@@ -27,17 +28,15 @@ class Result:
     def model(self) -> PreTrainedModel:
         if self._model is not None:
             return self._model
-        with quiet_loader():
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
-            )
-        return loaded
+        assert self.folder is not None
+        return load_model(self.folder, trust_remote_code=self.trust_remote_code)[0]
 
     @cached_property
     def tokenizer(self) -> Any:
         if self._tokenizer is not None:
             return self._tokenizer
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+        trust = self.folder is not None and trusted(self.folder, self.trust_remote_code)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, Any]:
         """Upload the written model with its card; `options` as in `llmprune.hub.push`."""

@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from llmprune.checkpoint.skeleton import Routing, build_skeleton, load_config, quiet_loader
+from llmprune.checkpoint.skeleton import Routing, build_skeleton, load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
 from llmprune.kernels import eligibility
@@ -122,11 +122,7 @@ def load(
     wanted = choose_dtype(dtype, config, place)
     if sparse and (path / PACKED).is_file():
         return _load_packed(path, config, wanted, place, trust_remote_code)
-    with quiet_loader():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, trust_remote_code=trust_remote_code
-        )
-    model = model.to(place).eval()
+    model = load_model(path, dtype=wanted, trust_remote_code=trust_remote_code)[0].to(place).eval()
     return accelerate(model) if sparse else model
 
 

@@ -11,18 +11,21 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel
 
 from llmprune import ranks
-from llmprune.checkpoint.output import REPORT_NAME, Output
+from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
 from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.methods import method_class
+from llmprune.narrowing import Narrowing
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
-from llmprune.restructuring import STRUCTURAL, Restructuring
+from llmprune.restructuring import Restructuring
 from llmprune.result import Result
 from llmprune.types import UserError
 
 Model: TypeAlias = PreTrainedModel | None
+# The job that carries out each kind of method.
+KINDS = {"weight": Job, "depth": Restructuring, "expert": Restructuring, "width": Narrowing}
 
 
 def run(
@@ -71,9 +74,7 @@ def run(
     report = {**reports[-1], "recipe": recipe.model_dump(mode="json"), "stages": reports}
     report["totals"] = {**report["totals"], "params_before": reports[0]["totals"]["params_before"]}
     if out is not None:
-        whole = out / f"{REPORT_NAME}.writing"
-        whole.write_text(json.dumps(report, indent=1) + "\n")
-        whole.rename(out / REPORT_NAME)
+        write_json(out / REPORT_NAME, report)
     for folder in between:
         shutil.rmtree(folder)
     return Result(report, out, recipe.trust_remote_code, model, tokenizer)
@@ -92,7 +93,9 @@ def _job(
 ) -> Result:
     started = time.perf_counter()
     with PeakMemory() as memory:
-        kind = Restructuring if method_class(recipe.method).kind in STRUCTURAL else Job
+        kind = KINDS[method_class(recipe.method).kind]
+        if kind is not Job and ranks.current().count > 1:
+            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
         job = kind(recipe, model, tokenizer, data, out)
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:

@@ -13,12 +13,17 @@ import torch
 
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
+from llmprune.kernels.product import product_nt
 from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
 DRIFT = "drift"  # (X_dense - X)'X, I x I: how the inputs moved because earlier matrices were pruned
 KINDS = frozenset({GRAM, MOMENTS, DRIFT})
+# What is known of the weights themselves, before anything is pruned: gradients (see `types.Gradient`)
+GRADIENTS = "gradients"  # of the loss
+REGIONAL = "regional gradients"  # of the norm of the layer's own output
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL})
 
 
 class Stats:
@@ -28,18 +33,22 @@ class Stats:
         unknown = kinds - KINDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS)}")
-        self.width = width
+        self.width, self._device = width, device
         self.tokens = 0
         self._lower_II = torch.zeros(width, width, device=device) if GRAM in kinds else None
         self._moments = Moments(width, device) if MOMENTS in kinds else None
         self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
+        self._lack_OI: torch.Tensor | None = None
         self.paired = DRIFT in kinds
         self.whole = True  # False where another process has the sums over all of them
         self._derived: dict[Hashable, Any] = {}
 
-    def update(self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None = None) -> None:
+    def update(
+        self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None = None, lack_TO: torch.Tensor | None = None
+    ) -> None:
         """Add tokens. `x_TI`: any float dtype, T x width; `dense_TI`: the same tokens in the dense model.
 
+        `lack_TO`: what the outputs are to make up for besides, where they are added to a stream that has moved too.
         Where the dense model's tokens are missing or cannot be paired, drift is given up (`paired` turns False).
         """
         self._derived.clear()
@@ -48,46 +57,63 @@ class Stats:
                 self.paired = False
             else:
                 cross_update_(self._drift_II, dense_TI.float() - x_TI.float(), x_TI)
+                if lack_TO is not None:
+                    if self._lack_OI is None:
+                        self._lack_OI = torch.zeros(lack_TO.shape[1], self.width, device=x_TI.device)
+                    cross_update_(self._lack_OI, lack_TO, x_TI)
         self.tokens += x_TI.shape[0]
         if self._lower_II is not None:
             gram_update_(self._lower_II, x_TI)
         if self._moments is not None:
             self._moments.update(x_TI)
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Everything that is summed, in a fixed order."""
-        kept = [one for one in (self._lower_II, self._drift_II) if one is not None]
-        return kept + (self._moments.tensors() if self._moments is not None else [])
+    @property
+    def lacking(self) -> int:
+        """How many outputs have something to make up for: the rows of what `update` was given as lacking."""
+        return 0 if self._lack_OI is None else len(self._lack_OI)
 
-    def expect(self, tokens: int, paired: bool) -> None:
-        """What the tensors will be of, that are about to be filled."""
+    def expect(self, tokens: int, paired: bool, lacking: int) -> None:
+        """What the statistics will be of, when their tensors have been filled or added up."""
+        self._derived.clear()
         self.tokens, self.paired = tokens, paired
+        if lacking and self._lack_OI is None:
+            self._lack_OI = torch.zeros(lacking, self.width, device=self._device)
+
+    def replace(self, tokens: int, paired: bool, lacking: int) -> None:
+        """As `expect`, where the tensors are about to be overwritten by those of another process."""
+        self.expect(tokens, paired, lacking)
         if self._moments is not None:
             self._moments.tokens = tokens
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is summed, in a fixed order."""
+        return self._products() + (self._moments.tensors() if self._moments is not None else [])
+
     def merge(self, later: Stats) -> None:
         """Add the statistics of further tokens."""
-        self._derived.clear()
-        self.tokens += later.tokens
-        self.paired = self.paired and later.paired
-        for mine, other in ((self._lower_II, later._lower_II), (self._drift_II, later._drift_II)):
+        self.expect(self.tokens + later.tokens, self.paired and later.paired, later.lacking)
+        for mine, other in (
+            (self._lower_II, later._lower_II),
+            (self._drift_II, later._drift_II),
+            (self._lack_OI, later._lack_OI),
+        ):
             if mine is not None and other is not None:
                 mine += other
         if self._moments is not None and later._moments is not None:
             self._moments.merge(later._moments)
 
-    def pool(self, tokens: int, paired: bool, sum_: Callable[..., None], to: int | None) -> None:
-        """Make these the statistics of `tokens` tokens in all processes, of which this one has seen some.
+    def pool(self, sum_: Callable[..., None], to: int | None, own: int) -> None:
+        """Add up what all processes have, this one of `own` tokens; `expect` has said of what that is.
 
         `sum_(tensor, to)` adds a tensor up over the processes, in place, for one of them or (None) for all.
         """
-        self._derived.clear()
-        self.tokens, self.paired = tokens, paired
-        for one in (self._lower_II, self._drift_II):
-            if one is not None:
-                sum_(one, to)
+        for one in self._products():
+            sum_(one, to)
         if self._moments is not None:
-            self._moments.pool(tokens, sum_)
+            self._moments.pool(own, self.tokens, sum_)
+
+    def _products(self) -> list[torch.Tensor]:
+        return [one for one in (self._lower_II, self._drift_II, self._lack_OI) if one is not None]
 
     @property
     def gram_II(self) -> torch.Tensor:
@@ -112,6 +138,11 @@ class Stats:
         if self._drift_II is None:
             raise ValueError("this statistics object holds no drift: the method must name it in `needs`")
         return self._drift_II
+
+    def pull_OI(self, weight_OI: torch.Tensor) -> torch.Tensor:
+        """(what the outputs of the dense weights lack)'X, O x I: W (X_dense - X)'X, and what the stream lacks."""
+        pull_OI = product_nt(weight_OI, self.drift_II.T)
+        return pull_OI if self._lack_OI is None else pull_OI.add_(self._lack_OI)
 
     @property
     def square_sums_I(self) -> torch.Tensor:
@@ -166,13 +197,15 @@ class Sums:
         self._leaf = 0
         self._growing: Stats | None = None
 
-    def update(self, batch: int, x_TI: torch.Tensor, dense_TI: torch.Tensor | None) -> Stats:
+    def update(
+        self, batch: int, x_TI: torch.Tensor, dense_TI: torch.Tensor | None, lack_TO: torch.Tensor | None = None
+    ) -> Stats:
         """Add tokens of a batch (see `Stats.update`); returns the statistics that they went into."""
         leaf = batch if self._ordered else 0
         if self._growing is None or leaf != self._leaf:
             self._settle()
             self._leaf, self._growing = leaf, self._make()
-        self._growing.update(x_TI, dense_TI)
+        self._growing.update(x_TI, dense_TI, lack_TO)
         return self._growing
 
     def nodes(self) -> dict[tuple[int, int], Stats]:
@@ -180,10 +213,10 @@ class Sums:
         self._settle()
         return self._nodes
 
-    def receive(self, key: tuple[int, int], tokens: int, paired: bool) -> None:
+    def receive(self, key: tuple[int, int], tokens: int, paired: bool, lacking: int) -> None:
         """Make room for a node of another process, whose tensors are about to be filled."""
         self.nodes()[key] = node = self._make()
-        node.expect(tokens, paired)
+        node.replace(tokens, paired, lacking)
 
     def total(self) -> Stats:
         """The statistics of all batches; no more may come."""

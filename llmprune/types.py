@@ -107,12 +107,31 @@ class MatrixSpec:
         return self.outputs * self.inputs
 
 
+@dataclass
+class Gradient:
+    """Gradients of a weight matrix over `samples` sequences, in float32 and of the matrix' own shape.
+
+    `mean_OI`: that of the mean over all tokens. `squares_OI`: sum over the sequences of the square of each one's own.
+    """
+
+    mean_OI: torch.Tensor
+    squares_OI: torch.Tensor
+    samples: int = 0
+
+    def add(self, gradient_OI: torch.Tensor, share: float) -> None:
+        """Take in a sequence that holds that `share` of all tokens."""
+        self.mean_OI += share * gradient_OI
+        self.squares_OI += gradient_OI.to(self.squares_OI.dtype).square()
+        self.samples += 1
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a method sees it: its name and its float32 weights, outputs x inputs."""
+    """A matrix as a method sees it: its name and its float32 weights, outputs x inputs; gradients if it needs them."""
 
     name: str
     weight_OI: torch.Tensor
+    gradient: Gradient | None = None
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -65,7 +65,8 @@ class Resident:
 class Streamed:
     """A checkpoint of any size: one unit in memory at a time, written out as it is done.
 
-    Modules outside the units (embeddings, norms) are loaded when the forward first calls them.
+    Modules outside the units (embeddings, norms) are loaded when the forward first calls them. `parent`: where the dense
+    weights of units lie, if not in the checkpoint.
     """
 
     def __init__(
@@ -76,8 +77,11 @@ class Streamed:
         units: list[Unit],
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        parent: Checkpoint | None = None,
     ) -> None:
         self._model, self._checkpoint, self._output = model, checkpoint, output
+        self._parent = parent
         self._routing = Routing(model, checkpoint)
         self._dtype, self._device = dtype, device
         self._prefixes = [unit.prefix for unit in units]
@@ -99,8 +103,9 @@ class Streamed:
     def load(self, unit: Unit, *, dense: bool = False) -> None:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
-        finished = self._output is not None and unit.name in self.done() and not dense
-        overlay = self._output.written(unit.name) if self._output is not None and finished else None
+        overlay = self._parent if dense else None
+        if self._output is not None and unit.name in self.done() and not dense:
+            overlay = self._output.written(unit.name)
         self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
 
     def free(self, unit: Unit) -> None:
@@ -139,6 +144,14 @@ class Streamed:
         tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
         self.free(unit)
         return tensors
+
+    def edited(self, unit: Unit, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint tensors of a unit in their stored dtype, its parameters changed, or cut, by `edit(name, value)`."""
+        # wide enough for every stored dtype to come through as it is
+        self._routing.load(self._routing.keys_under(unit.prefix), torch.float32, torch.device("cpu"), None)
+        tensors = self._routing.store(unit.prefix, edit)
+        self.free(unit)
+        return {key: one.to(self._checkpoint.entries[key].dtype) for key, one in tensors.items()}
 
     def commit_rest(self) -> None:
         """Write everything that lies outside the units, byte for byte as it was read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from runner import cli
 from torch import nn
 
 import llmprune
-from llmprune.allocation import ALLOCATORS, Dense
+from llmprune.allocation import ALLOCATORS, Dense, dlp
 from llmprune.allocation.alphapruning import tail_exponent
 from llmprune.allocation.arithmetic import RISE, arithmetic
+from llmprune.allocation.dynamic import dynamic, knapsack
 from llmprune.allocation.fit import MOST, fit
 from llmprune.allocation.owl import OUTLYING, REACH
+from llmprune.statistics import GRAM, Stats
 from llmprune.types import Budget, MatrixSpec, UserError
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -80,8 +84,12 @@ def test_what_cannot_be_reached_is_refused() -> None:
         fit(specs, Budget(0.995), lambda level: {spec.name: level for spec in specs})
 
 
-@pytest.mark.parametrize("allocation", SPREADING)
-@pytest.mark.parametrize("layout", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    ("layout", "allocation"),
+    # one that solves every matrix at every level is tried once
+    [one for one in itertools.product(["llama", "mixtral", "gpt2"], SPREADING) if one[1] != "dynamic"]
+    + [("llama", "dynamic")],
+)
 def test_every_allocator_spends_the_budget_of_a_model(layout: str, allocation: str) -> None:
     model = tiny.build(layout)
     before = {name: one.clone() for name, one in model.state_dict().items()}
@@ -178,6 +186,65 @@ def test_owl_by_its_definition() -> None:
     np.testing.assert_allclose([np.mean(amounts) for amounts in found], expected, atol=2 / 512)
 
 
+def test_dlp_by_its_definition() -> None:
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 2
+        model.model.layers[2].mlp.up_proj.weight *= 3
+    inputs, medians = inputs_of(model), []
+    for layer in layers_of(model):
+        score_N = np.concatenate(
+            [
+                (one.weight.detach().abs().double().numpy() * np.linalg.norm(inputs[one], axis=0)).ravel()
+                for one in layer.values()
+            ]
+        )
+        medians.append(float(np.sort(score_N)[(len(score_N) - 1) // 2]))
+    found = [np.mean(amounts) for amounts in shares(planned(model, "dlp", 0.6))]
+    wish = [2 * dlp.REACH * (one - min(medians)) / (max(medians) - min(medians)) for one in medians]
+    np.testing.assert_allclose(found, [0.6 + one - np.mean(wish) for one in wish], atol=2 / 512)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    target=st.integers(0, 12),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+def test_the_knapsack_is_the_best_of_all_choices(sizes: tuple[int, int], target: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    costs, gains = random.integers(0, 9, sizes).astype(float), random.integers(0, 6, sizes)
+    found = knapsack(costs, gains, target)
+    rows = range(sizes[0])
+    choices = itertools.product(range(sizes[1]), repeat=sizes[0])
+    allowed = [one for one in choices if sum(gains[row, one[row]] for row in rows) >= target]
+    assert (found is None) == (not allowed)
+    if found is not None:
+        assert sum(gains[row, found[row]] for row in rows) >= target
+        best = min(sum(costs[row, one[row]] for row in rows) for one in allowed)
+        assert sum(costs[row, found[row]] for row in rows) == best
+
+
+def test_dynamic_spares_the_matrix_that_cannot_be_pruned() -> None:
+    """Inputs of one matrix repeat one another, so that it loses nothing; those of another are all its own."""
+    generator = torch.Generator().manual_seed(0)
+    specs = specs_of([1, 1])
+    specs = [dataclasses.replace(spec, outputs=16, inputs=16) for spec in specs]
+    weight_OI = torch.randn(16, 16, generator=generator)
+    stats = [Stats(16, frozenset({GRAM})) for _ in specs]
+    stats[0].update(torch.randn(400, 2, generator=generator).repeat(1, 8))
+    stats[1].update(torch.randn(400, 16, generator=generator))
+
+    def measure(kinds: frozenset[str], look: Any) -> None:
+        for number, (spec, one) in enumerate(zip(specs, stats, strict=True)):
+            look(number, lambda spec=spec, one=one: [(spec, weight_OI, one)])
+
+    found = dynamic(Dense([[spec] for spec in specs], list, list, measure), Budget(0.5))
+    easy, hard = (found[spec.name].sparsity for spec in specs)
+    assert easy > hard + 0.2
+    assert sum(found[spec.name].pruned_of(256) for spec in specs) == 256
+
+
 def test_error_by_its_definition() -> None:
     model = tiny.build("llama")
     inputs, lost, sizes = inputs_of(model), [], []
@@ -198,7 +265,7 @@ def test_error_by_its_definition() -> None:
 
 def test_arithmetic_rises_by_equal_steps() -> None:
     specs = specs_of([1000] * 5)
-    dense = Dense([[spec] for spec in specs], list, lambda kinds, look: None)
+    dense = Dense([[spec] for spec in specs], list, list, lambda kinds, look: None)
     found = [arithmetic(dense, Budget(0.7))[spec.name].sparsity for spec in specs]
     np.testing.assert_allclose(found, 0.7 + RISE * (np.arange(5) / 4 - 0.5), atol=1e-3)
 

@@ -19,7 +19,7 @@ from llmprune.solvers.least_squares import least_squares
 from llmprune.solvers.retarget import retarget
 from llmprune.solvers.swaps import swaps
 from llmprune.statistics import DRIFT, GRAM, KINDS, Stats
-from llmprune.types import Budget, Edit, Matrix, Pattern
+from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern
 
 NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
@@ -40,6 +40,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 class Data(NamedTuple):
     weight_OI: torch.Tensor
     stats: Stats
+    gradient: Gradient
 
 
 def data(outputs: int, inputs: int, seed: int = 0) -> Data:
@@ -48,12 +49,15 @@ def data(outputs: int, inputs: int, seed: int = 0) -> Data:
     x_TI = (x_TI + 0.3) * normal(inputs, seed=seed + 2).exp()
     stats = Stats(inputs, KINDS)
     stats.update(x_TI, x_TI + 0.1 * normal(*x_TI.shape, seed=seed + 3))
-    return Data(normal(outputs, inputs, seed=seed + 4), stats)
+    gradient = Gradient(*torch.zeros(2, outputs, inputs))
+    for number in range(4):
+        gradient.add(normal(outputs, inputs, seed=seed + 5 + number), 0.25)
+    return Data(normal(outputs, inputs, seed=seed + 4), stats, gradient)
 
 
 def run(name: str, made: Data, budget: Budget, refine: str, update: str, strength: float = 0.0) -> Edit:
     method = method_of(Recipe(method=name, refine=refine, update=update, retarget=strength))
-    return method.solve(Matrix("m", made.weight_OI), made.stats, budget)
+    return method.solve(Matrix("m", made.weight_OI, made.gradient), made.stats, budget)
 
 
 def loss(made: Data, weight_OI: torch.Tensor) -> float:
@@ -176,7 +180,7 @@ def test_retarget_solves_its_normal_equations(strength: float) -> None:
     dense_TI = x_TI + 0.3 * normal(90, 20, seed=3)
     stats = Stats(20, frozenset({GRAM, DRIFT}))
     stats.update(x_TI, dense_TI)
-    found_OI = retarget(weight_OI, stats.drift_II, scaled(stats.gram_lower_II, 0.01), strength)
+    found_OI = retarget(weight_OI, stats.pull_OI(weight_OI), scaled(stats.gram_lower_II, 0.01), strength)
     x, dense, weight = x_TI.double().numpy(), dense_TI.double().numpy(), weight_OI.double().numpy()
     ridge_II = 0.01 * np.diag((x**2).sum(0))
     # min over V of |dense W' - X V'|² + |V - W|²_L, then the share of the way that was asked for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import plain
@@ -61,8 +62,9 @@ class Shrinking:
         self.stats.update(stats)
         self.left[unit.name] -= stats.keys()
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         self.fitted[unit.name] = (calls, targets)
+        return True
 
     def finish(self, unit: Unit) -> None:
         self.finished.append(unit.name)
@@ -146,6 +148,125 @@ def test_experts_are_compared_on_the_tokens_that_the_pruned_model_sends_them(nam
     assert all(stats.paired for stats in work.stats.values())
 
 
+class Streams(NamedTuple):
+    """What enters every layer and what its modules put out, of all batches below each other, in float64."""
+
+    entered: dict[str, np.ndarray]
+    put_out: dict[str, np.ndarray]
+    called: dict[str, list[tuple[torch.Tensor, ...]]]
+
+    def before_mlp(self, layer: str, attention: str) -> np.ndarray:
+        return self.entered[layer] + self.put_out[f"{layer}.{attention}"]
+
+
+def streams(model: PreTrainedModel) -> Streams:
+    found = Streams({}, {}, {})
+    entered: dict[str, list[torch.Tensor]] = defaultdict(list)
+    put_out: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def watch(path: str, module: nn.Module) -> None:
+        def before(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if args and args[0].shape[-1] == model.config.hidden_size:
+                entered[path].append(args[0])
+            if path.endswith(".experts"):
+                found.called.setdefault(path, []).append(args)
+
+        def after(_: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, torch.Tensor) and output.shape[-1] == model.config.hidden_size:
+                put_out[path].append(output)
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    for path, module in model.named_modules():
+        watch(path, module)
+    plain.logits(model, BATCHES)
+    for kept, mine in ((entered, found.entered), (put_out, found.put_out)):
+        mine.update({at: torch.cat([one.flatten(0, -2) for one in each]).double().numpy() for at, each in kept.items()})
+    return found
+
+
+# The path of a layer's attention output and its last matrix, and of the MLP's last matrix.
+WRITERS = {
+    "llama": ("self_attn.o_proj", "mlp.down_proj"),
+    "gpt2": ("attn.c_proj", "mlp.c_proj"),
+    "gpt-neox": ("attention.dense", "mlp.dense_4h_to_h"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_the_residual_stream_lacks_is_that_of_the_two_models(name: str) -> None:
+    model = tiny.build(name)
+    work = shrink(model, "module")
+    dense, pruned = streams(tiny.build(name)), streams(model)
+    inputs = plain.inputs(name, model, BATCHES)
+    attention, mlp = WRITERS[name]
+    for unit in find_units(model, head=False):
+        for path in (attention, mlp):
+            if path == attention:
+                lack_TO = dense.entered[unit.name] - pruned.entered[unit.name]
+                size_TO = np.abs(dense.entered[unit.name]) + np.abs(pruned.entered[unit.name])
+            else:
+                lack_TO = dense.before_mlp(unit.name, attention) - pruned.before_mlp(unit.name, attention)
+                size_TO = sum(
+                    np.abs(one.entered[unit.name]) + np.abs(one.put_out[f"{unit.name}.{attention}"])
+                    for one in (dense, pruned)
+                )
+            matrix = f"{unit.name}.{path}.weight"
+            x_TI = inputs[matrix].x_TI
+            found_OI = work.stats[matrix].pull_OI(torch.zeros(lack_TO.shape[1], x_TI.shape[1])).double().numpy()
+            # three roundings of the stream, one of each product, and a sum of T terms
+            bound_OI = (len(x_TI) + 5) * plain.U * (size_TO.T @ np.abs(x_TI))
+            assert np.all(np.abs(found_OI - lack_TO.T @ x_TI) <= bound_OI), matrix
+        # and only these two write to it
+        for matrix in {spec.name for spec in unit.matrices} - {f"{unit.name}.{path}.weight" for path in WRITERS[name]}:
+            assert not work.stats[matrix].pull_OI(torch.zeros(4, work.stats[matrix].width)).any(), matrix
+
+
+def test_a_layer_with_norms_after_its_halves_has_no_such_stream() -> None:
+    work = shrink(tiny.build("gemma3"), "module")
+    for matrix, stats in work.stats.items():
+        assert not stats.pull_OI(torch.zeros(32, stats.width)).any(), matrix
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_experts_share_what_their_block_lacks(name: str) -> None:
+    """The last matrices of a block, on gated inputs of the pruned experts: shares in proportion to squared gates."""
+    model, before = tiny.build(name), tiny.build(name)
+    work = shrink(model, "module")
+    dense, pruned = streams(before), streams(model)
+    compared = 0
+    for path, calls in pruned.called.items():
+        layer = path.removesuffix(".mlp.experts")
+        block = model.get_submodule(path)
+        hidden_TD, chosen_TK, gates_TK = (torch.cat(each) for each in zip(*calls, strict=True))
+        gates = gates_TK.double()
+        inputs_of, rows_of = {}, {}
+        output = torch.zeros(len(hidden_TD), hidden_TD.shape[1], dtype=torch.float64)
+        for expert in range(tiny.EXPERTS):
+            rows, places = torch.where(chosen_TK == expert)
+            gate, up = (hidden_TD[rows].double() @ block.gate_up_proj[expert].double().T).chunk(2, dim=1)
+            gate_N1 = gates[rows, places][:, None]
+            inputs_of[expert], rows_of[expert] = gate_N1 * torch.nn.functional.silu(gate) * up, (rows, gate_N1)
+            output[rows] += inputs_of[expert] @ before.get_submodule(path).down_proj[expert].double().T
+        goal = dense.before_mlp(layer, "self_attn.o_proj") + dense.put_out[path]
+        lack_TO = torch.from_numpy(goal - pruned.before_mlp(layer, "self_attn.o_proj")) - output
+        for expert in range(tiny.EXPERTS):
+            stats = work.stats.get(f"{path}.down_proj[{expert}]")
+            if stats is None:
+                continue
+            rows, gate_N1 = rows_of[expert]
+            share = gate_N1.square() / gates[rows].square().sum(1, keepdim=True) * lack_TO[rows]
+            expected = (share.T @ inputs_of[expert]).detach()
+            found = stats.pull_OI(torch.zeros(expected.shape)).double()
+            # a float32 forward through one expert, and a difference of streams some ten times what is left
+            assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max()), (path, expert)
+            gram = (inputs_of[expert].T @ inputs_of[expert]).detach()
+            assert float((stats.gram_II.double() - gram).abs().max()) <= 1e-5 * float(gram.abs().max())
+            compared += 1
+    assert compared
+
+
 @pytest.mark.parametrize("how", ["layer", "module"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_fitting_sees_pruned_calls_and_dense_outputs(name: str, how: str) -> None:
@@ -177,15 +298,18 @@ def test_retarget_solves_its_normal_equations() -> None:
     stats = Stats(24, frozenset({GRAM, DRIFT}))
     stats.update(x_TI, dense_TI)
     system = scaled(stats.gram_lower_II, 0.01)
-    found = retarget(weight_OI, stats.drift_II, system, 1.0).double().numpy()
+    found = retarget(weight_OI, stats.pull_OI(weight_OI), system, 1.0).double().numpy()
     x, d, w = (one.double().numpy() for one in (x_TI, dense_TI, weight_OI))
     gram = x.T @ x
     damped = gram + 0.01 * np.diag(np.diag(gram))
     expected = w @ (d.T @ x + 0.01 * np.diag(np.diag(gram))) @ np.linalg.inv(damped)
     bound = 200 * plain.U * np.linalg.cond(damped) * np.abs(expected).max()
     assert np.abs(found - expected).max() <= bound
-    half = retarget(weight_OI, stats.drift_II, system, 0.5)
+    half = retarget(weight_OI, stats.pull_OI(weight_OI), system, 0.5)
     assert torch.allclose(half, (weight_OI + torch.from_numpy(found).float()) / 2, atol=bound)
+
+
+STORAGE = {"weight": torch.float32}
 
 
 def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[Call], list[torch.Tensor]]:
@@ -198,7 +322,7 @@ def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Ten
     targets = [args[0] @ dense.T for args, _ in inputs]
     now = [(call, call[0][0] @ start["weight"].T) for call in inputs]
     found, before, after = reconstruct(
-        module, start, {"weight": kept}, now, targets, epochs=epochs, seed=0, share=Share.alone(now)
+        module, start, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0, share=Share.alone(now)
     )
     assert after < before
     assert not found["weight"][~kept].any()
@@ -239,7 +363,7 @@ def test_fitting_never_makes_it_worse() -> None:
     calls: list[tuple[Call, torch.Tensor]] = [(((x_TI,), {}), targets[0])]
     kept = {"weight": torch.ones(6, 8, dtype=torch.bool)}
     found, before, after = reconstruct(
-        module, {"weight": weight}, kept, calls, targets, epochs=3, seed=0, share=Share.alone(calls)
+        module, {"weight": weight}, kept, STORAGE, calls, targets, epochs=3, seed=0, share=Share.alone(calls)
     )
     assert after == before and torch.equal(found["weight"], weight)
 

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import processes
@@ -125,6 +126,19 @@ def test_examples(work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     said = capsys.readouterr().out
     assert "perplexity ×" in said and "base_model: org/model" in said and "acc,none" in said
     assert (work / "pruned" / "report.html").stat().st_size > 100_000
+
+
+def test_the_reference_names_what_there_is() -> None:
+    """What `mkdocs build --strict` would find, without mkdocs: every object of the API page exists and has a docstring."""
+    page = (ROOT / "docs" / "pages" / "api.md").read_text()
+    documented = set()
+    for path in re.findall(r"^::: (\S+)$", page, re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        # the folder eval/ lies beside the package in a checkout
+        found = getattr(import_module(f"llmprune.{module}" if module.startswith("eval.") else module), name)
+        assert found.__doc__, path
+        documented.add(name)
+    assert set(llmprune.__all__) <= documented
 
 
 def test_pages_are_in_the_navigation() -> None:

@@ -72,6 +72,12 @@ def test_a_dry_run_tells_and_a_run_keeps_it() -> None:
     assert plan.code == 0 and "GiB at peak" in plan.out and "batches of 8" in plan.out
 
 
+@pytest.mark.parametrize("schedule", ["layer", "module"])
+def test_a_method_without_text(schedule: str) -> None:
+    plan = cli("prune", DEMO, "--sparsity", 0.5, "--method", "magnitude", "--schedule", schedule, "--dry-run")
+    assert plan.code == 0 and "GiB at peak" in plan.out, plan.err
+
+
 def test_a_run_that_would_not_fit_goes_another_way_and_resumes_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import llmprune
 from llmprune import UserError
 from llmprune.allocation import Dense
-from llmprune.allocation.global_magnitude import global_magnitude
+from llmprune.allocation.global_score import global_score
 from llmprune.plan import matches
 from llmprune.types import Budget, MatrixSpec, Pattern
 
@@ -224,7 +224,9 @@ def dense_of(matrices: list[np.ndarray]) -> Dense:
         raise AssertionError("no text is needed")
 
     layers = [[spec] for spec in specs]
-    return Dense(layers, lambda: zip(specs, map(torch.from_numpy, matrices), strict=True), measure)
+    weights = [torch.from_numpy(one) for one in matrices]
+    scores = [one.abs() for one in weights]
+    return Dense(layers, lambda: zip(specs, weights, strict=True), lambda: zip(specs, scores, strict=True), measure)
 
 
 def smallest(matrices: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
@@ -256,7 +258,7 @@ def test_global_amounts_are_those_of_sorting_everything(
     matrices = [np.vectorize(level)(random.integers(0, levels, shape)).astype(np.float32) for shape in shapes]
     dense = dense_of(matrices)
     specs = dense.specs
-    budgets = global_magnitude(dense, Budget(sparsity))
+    budgets = global_score(dense, Budget(sparsity))
     found = [budgets[spec.name].pruned_of(spec.count) for spec in specs]
     assert found == [int(mask.sum()) for mask in smallest(matrices, sparsity)]
     assert sum(found) == Budget(sparsity).pruned_of(sum(spec.count for spec in specs))
@@ -265,7 +267,7 @@ def test_global_amounts_are_those_of_sorting_everything(
 def test_global_allocation_refuses_a_pattern() -> None:
     dense = dense_of([np.ones((4, 4), dtype=np.float32)])
     with pytest.raises(UserError, match="'global' needs a sparsity: the pattern 2:4"):
-        global_magnitude(dense, Budget(0.5, Pattern(2, 4)))
+        global_score(dense, Budget(0.5, Pattern(2, 4)))
 
 
 def small(layout: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -78,7 +78,7 @@ def test_ordered_sums_do_not_depend_on_who_added_them(data: st.DataObject, batch
     whole = parts[0]
     for part in parts[1:]:
         for key, node in part.nodes().items():
-            whole.receive(key, node.tokens, node.paired)
+            whole.receive(key, node.tokens, node.paired, node.lacking)
             for place, tensor in zip(whole.nodes()[key].tensors(), node.tensors(), strict=True):
                 place.copy_(tensor)
     total = whole.total()

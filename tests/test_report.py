@@ -15,7 +15,8 @@ from runner import cli
 
 import llmprune
 from llmprune import UserError
-from llmprune.report.page import read_run, summary, table, write_page
+from llmprune.report.page import read_run, write_page
+from llmprune.report.tables import summary, table
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -35,11 +36,22 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search with a sweep, a scan and a budget."""
+    place = tmp_path_factory.mktemp("searched") / "search"
+    llmprune.search(
+        DEMO, out=place, methods="magnitude,keep-first", amounts="0.3,0.5,1", scan=True, sweep=True, budget="ppl<=1.3x",
+        perplexity="demo", max_windows=1, seqlen=32, **{"search.levels": ["0.2", "0.3", "1"]},
+    )  # fmt: skip
+    return place
+
+
 @pytest.fixture
-def page(folders: list[Path], tmp_path: Path) -> Path:
+def page(folders: list[Path], searched: Path, tmp_path: Path) -> Path:
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
-    ran = cli("report", *folders, "--out", tmp_path / "report.html")
+    ran = cli("report", *folders, searched, "--out", tmp_path / "report.html")
     assert ran.code == 0, ran.err
     return tmp_path / "report.html"
 
@@ -128,6 +140,41 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
     assert not (tmp_path / "x.html").exists()
 
 
+def test_a_search_is_told_and_drawn(searched: Path, tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    ran = cli("report", searched, "--out", tmp_path / "page.html", "--figures", tmp_path / "figures")
+    assert ran.code == 0, ran.err
+    text, found = (tmp_path / "page.html").read_text(), json.loads((searched / "search.json").read_text())
+    assert "Budget ppl&lt;=1.3x" in text and "Matrices" not in text
+    for row in (*found["sweep"], found["dense"]):
+        assert f"{row['ppl']:.3f}" in text
+    for row in found["scan"]:
+        assert f"{row['ppl'] / found['dense']['ppl']:.3f}" in text
+    rows = list(csv.reader((tmp_path / "figures" / "search-sweep.csv").open()))
+    assert {row[0] for row in rows[1:]} >= {"dense", "magnitude 0.3", "magnitude 0.5", "keep-first 1"}
+    assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg", ".png", ".md", ".tex", ".csv"}
+    (searched.parent / "torn").mkdir()
+    (searched.parent / "torn" / "search.json").write_text("{")
+    refused = cli("report", searched.parent / "torn", "--out", tmp_path / "x.html")
+    assert refused.code == 2 and "search.json" in refused.err
+
+
+def test_stages_and_scores_are_shown(tmp_path: Path) -> None:
+    pytest.importorskip("altair")
+    stages = [{"drop_layers": [1]}, {"method": "magnitude", "sparsity": 0.3}]
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": stages}))
+    llmprune.prune(DEMO, out=tmp_path / "staged", recipe=tmp_path / "recipe.yaml")
+    llmprune.prune(DEMO, out=tmp_path / "short", method="shortgpt", drop_layers=2, samples=2, seqlen=32)
+    runs = [read_run(tmp_path / name) for name in ("staged", "short")]
+    write_page(tmp_path / "page.html", runs)
+    text = (tmp_path / "page.html").read_text()
+    assert "keep-first, magnitude" in text and "layers 1, 0.3" in text and "2 layers" in text
+    assert "short: Scores of what could go" in text
+    for run in runs:
+        assert f"{run['totals']['params_after']:,}" in text
+
+
 PROBE = """
 <script type="module">
 const found = {};
@@ -149,6 +196,12 @@ const at = { bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box
 for (const kind of ["pointerover", "mouseover", "pointermove", "mousemove"]) cell.dispatchEvent(new PointerEvent(kind, at));
 await new Promise((go) => setTimeout(go, 200));
 found.tooltip = document.querySelector("#vg-tooltip-element.visible")?.textContent ?? "";
+const dot = document.querySelector("[data-figure^='search: Perplexity against parameters'] .mark-symbol path");
+const spot = dot.getBoundingClientRect();
+const there = { bubbles: true, clientX: spot.x + spot.width / 2, clientY: spot.y + spot.height / 2 };
+for (const kind of ["pointerover", "mouseover", "pointermove", "mousemove"]) dot.dispatchEvent(new PointerEvent(kind, there));
+await new Promise((go) => setTimeout(go, 200));
+found.point = document.querySelector("#vg-tooltip-element.visible")?.textContent ?? "";
 const note = document.createElement("pre");
 note.id = "found"; note.textContent = JSON.stringify(found);
 document.body.append(note);
@@ -178,11 +231,12 @@ def test_in_a_browser(page: Path, width: int) -> None:
     note = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
     assert note is not None
     found: dict[str, Any] = json.loads(note[1])
-    assert found["figures"] == found["wanted"] == 5
+    assert found["figures"] == found["wanted"] == 8
     assert found["wide"], "the page scrolls sideways"
     assert found["focused"] and found["sorted"] == "descending"
     assert found["up"] == sorted(found["up"], key=float) and found["down"] == found["up"][::-1]
     assert "layer" in found["tooltip"] and "error" in found["tooltip"]
+    assert "model" in found["point"] and "perplexity" in found["point"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

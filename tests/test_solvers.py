@@ -66,13 +66,13 @@ def test_ria_by_hand() -> None:
     weight_OI, stats = normal(6, 10), stats_of(inputs_of(10))
     size, norm_I = np.abs(weight_OI.double().numpy()), np.sqrt(stats.square_sums_I.double().numpy())
     expected = (size / size.sum(0) + size / size.sum(1)[:, None]) * np.sqrt(norm_I)
-    np.testing.assert_allclose(scores.ria(weight_OI, stats).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.ria(Matrix("m", weight_OI), stats).numpy(), expected, rtol=1e-5)
 
 
 def test_ria_of_empty_rows_and_columns_is_finite() -> None:
     weight_OI = normal(6, 10)
     weight_OI[2], weight_OI[:, 3] = 0, 0
-    assert bool(torch.isfinite(scores.ria(weight_OI, stats_of(inputs_of(10)))).all())
+    assert bool(torch.isfinite(scores.ria(Matrix("m", weight_OI), stats_of(inputs_of(10)))).all())
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7])
@@ -81,7 +81,7 @@ def test_row_adaptive_wanda_is_one_share_for_all_rows(sparsity: float) -> None:
     budget = Budget(sparsity)
     pruned_OI = Scored("wanda-adaptive").solve(Matrix("m", weight_OI), stats, budget).pruned_OI
     assert int(pruned_OI.sum()) == budget.pruned_of(480)
-    score = scores.wanda(weight_OI, stats).double().numpy()
+    score = scores.wanda(Matrix("m", weight_OI), stats).double().numpy()
     # within a row a prefix of the ranking; across rows one alpha parts what went from the next that would go
     lost, after = [], []
     for row, gone in zip(score, pruned_OI.numpy(), strict=True):

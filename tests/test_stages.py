@@ -66,6 +66,29 @@ def test_a_stopped_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert whole.report["totals"]["params_after"] < whole.report["totals"]["params_before"]
 
 
+def test_steps_follow_the_cubic_schedule_and_end_at_the_amount(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    settings = {"method": "wanda", "sparsity": 0.7, "calibration": TEXT}
+    report = llmprune.prune(source, out=tmp_path / "out", steps=4, **settings).report
+    amounts = [one["recipe"]["sparsity"] for one in report["stages"]]
+    # s (1 - (1 - t/4)^3): 37/64, 56/64, 63/64 and all of it
+    assert amounts == pytest.approx([0.7 * share / 64 for share in (37, 56, 63, 64)], abs=1e-15)
+    once = llmprune.prune(source, out=tmp_path / "once", **settings).report
+    assert report["totals"]["zeros"] == once["totals"]["zeros"]
+    # by hand, each step on what the one before left
+    model: Path = source
+    for number, amount in enumerate(amounts):
+        llmprune.prune(model, out=tmp_path / str(number), **{**settings, "sparsity": amount})
+        model = tmp_path / str(number)
+    assert runner.product(tmp_path / "out") == runner.product(model)
+
+
+def test_steps_need_one_sparsity() -> None:
+    model = tiny.build("llama")
+    with pytest.raises(UserError, match="steps needs a sparsity"):
+        llmprune.prune(model, method="wanda", pattern="2:4", steps=2, calibration=TEXT)
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [

@@ -13,8 +13,8 @@ from llmprune.recipe import nearest
 from llmprune.statistics import Stats
 from llmprune.types import Budget, MatrixSpec, UserError
 
-# Goes through the model once and yields every matrix with its float32 weights, outputs x inputs.
-Weights = Callable[[], Iterable[tuple[MatrixSpec, torch.Tensor]]]
+# Goes through the model once and yields every matrix with a float32 value for each weight, outputs x inputs.
+Values = Callable[[], Iterable[tuple[MatrixSpec, torch.Tensor]]]
 # The same for one layer, with the statistics of the inputs; may be called again. A matrix that no token reached
 # is not among them.
 Measured = Callable[[], Iterable[tuple[MatrixSpec, torch.Tensor, Stats]]]
@@ -25,10 +25,14 @@ Measure = Callable[[frozenset[str], Callable[[int, Measured], None]], None]
 
 @dataclass(frozen=True)
 class Dense:
-    """The model before pruning, as an allocator sees it: the chosen matrices by layer, and two ways to read them."""
+    """The model before pruning, as an allocator sees it: the chosen matrices by layer, and three ways to read them.
+
+    `scores` is as `weights`, with what each weight matters in place of its value, at least 0.
+    """
 
     layers: list[list[MatrixSpec]]
-    weights: Weights
+    weights: Values
+    scores: Values
     measure: Measure
 
     @property
@@ -52,10 +56,12 @@ class Entry(NamedTuple):
 
 ALLOCATORS = {
     "uniform": Entry("llmprune.allocation.uniform:uniform"),
-    "global": Entry("llmprune.allocation.global_magnitude:global_magnitude"),
+    "global": Entry("llmprune.allocation.global_score:global_score"),
     "arithmetic": Entry("llmprune.allocation.arithmetic:arithmetic"),
     "alphapruning": Entry("llmprune.allocation.alphapruning:alphapruning"),
     "owl": Entry("llmprune.allocation.owl:owl", measures=True),
+    "dlp": Entry("llmprune.allocation.dlp:dlp", measures=True),
+    "dynamic": Entry("llmprune.allocation.dynamic:dynamic", measures=True),
     "error": Entry("llmprune.allocation.error:error", measures=True),
 }
 

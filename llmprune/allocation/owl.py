@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from llmprune import scores
 from llmprune.allocation import Dense, Measured
 from llmprune.allocation.fit import fit, refuse_pattern
 from llmprune.statistics import MOMENTS
-from llmprune.types import Budget
+from llmprune.types import Budget, Matrix
 
 OUTLYING = 5.0  # times the layer's mean score
 REACH = 0.08  # the sparsest layer is twice this above the densest
@@ -25,13 +27,13 @@ def owl(dense: Dense, budget: Budget) -> dict[str, Budget]:
     share = [0.0] * len(dense.layers)
 
     def look(number: int, matrices: Measured) -> None:
-        total, count = 0.0, 0
-        for _, weight_OI, stats in matrices():
-            total += float(scores.wanda(weight_OI, stats).sum(dtype=torch.float64))
-            count += weight_OI.numel()
-        limit = OUTLYING * total / max(count, 1)
-        above = sum(int((scores.wanda(weight_OI, stats) > limit).sum()) for _, weight_OI, stats in matrices())
-        share[number] = above / max(count, 1)
+        def each() -> Iterator[torch.Tensor]:
+            return (scores.wanda(Matrix(spec.name, weight_OI), stats) for spec, weight_OI, stats in matrices())
+
+        count = max(sum(score_OI.numel() for score_OI in each()), 1)
+        limit = OUTLYING * sum(float(score_OI.sum(dtype=torch.float64)) for score_OI in each()) / count
+        above = sum(int((score_OI > limit).sum()) for score_OI in each())
+        share[number] = above / count
 
     dense.measure(frozenset({MOMENTS}), look)
     low, high = min(share), max(share)

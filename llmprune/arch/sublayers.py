@@ -41,14 +41,20 @@ def halves(layer: nn.Module) -> dict[str, Half]:
         if path in blocks:
             found[MLP].append(path)
         elif last in OUTPUTS and not inside_block and _is_matrix(module):
-            found[ATTENTION if _attends(head) else MLP].append(path)
+            found[ATTENTION if attends(head) else MLP].append(path)
     if not all(found.values()):
         lacking = next(half for half, paths in found.items() if not paths)
         raise UserError(f"the {lacking} of a {type(layer).__name__} is not found, so its layers cannot be halved")
     return {half: Half(tuple(paths), _parameters(layer, paths, blocks)) for half, paths in found.items()}
 
 
-def _attends(path: str) -> bool:
+def writes_to_stream(name: str) -> bool:
+    """Whether a matrix is the last of its half, by its name."""
+    return name.partition("[")[0].removesuffix(".weight").rpartition(".")[2] in OUTPUTS
+
+
+def attends(path: str) -> bool:
+    """Whether a module, by its path in a decoder layer, belongs to the attention."""
     first = path.partition(".")[0].lower()
     return "attn" in first or "attention" in first or first in ("mixer", "conv", "temporal_block")
 

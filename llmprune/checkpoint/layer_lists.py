@@ -112,3 +112,16 @@ def _count_experts(text: Any, before: int, after: int) -> None:
         raise UserError(f"{type(text).__name__} has no known key for its number of experts")
     for key in names:
         setattr(text, key, after)
+
+
+def layer_of_keys(feeds: dict[str, str], prefixes: list[str], keys: list[str]) -> dict[str, int]:
+    """Which layer every tensor of the checkpoint belongs to, those that the model does not use included."""
+    starts: dict[str, int] = {}
+    for key, name in feeds.items():
+        for index, prefix in enumerate(prefixes):
+            if name.startswith(prefix):
+                parts = key.split(".")
+                number = next((place for place, part in enumerate(parts) if part == str(index)), None)
+                if number is not None:
+                    starts[".".join(parts[: number + 1]) + "."] = index
+    return {key: index for key in keys for start, index in starts.items() if key.startswith(start)}

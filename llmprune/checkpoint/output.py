@@ -39,6 +39,8 @@ class Output:
         self.partial = self._beside(".partial")
         self._replaced = self._beside(".replaced")
         self.fingerprint = fingerprint
+        # what a run needs between its beginning and its end; it goes when the folder is finished
+        self.scratch = self.partial / "scratch"
         self.records: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
 
@@ -147,6 +149,7 @@ class Output:
             raise
         for name in [*spent, JOURNAL_NAME]:
             (self.partial / name).unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
         shutil.rmtree(self._replaced, ignore_errors=True)
         if self.folder.exists():
             self.folder.rename(self._replaced)
@@ -256,6 +259,25 @@ class Output:
             return bool(_digest(self.partial / line["file"]) == line["sha256"])
         except OSError:
             return False
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all; raises RunError."""
+    temporary = path.with_name(f"{path.name}.writing")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error}") from error
+
+
+def record(folder: Path, key: str, value: Any) -> None:
+    """Enter something in the report of a finished model; raises RunError."""
+    path = folder / REPORT_NAME
+    write_json(path, {**json.loads(path.read_text()), key: value})
 
 
 def _is_empty(path: Path) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import modeling_auto as auto
 
+from llmprune.checkpoint.modeling_pruned import rebuild
+from llmprune.checkpoint.remote import trusted
 from llmprune.checkpoint.source import Checkpoint
 from llmprune.types import RunError, UserError
 
@@ -41,7 +44,7 @@ UNORDERED = {*MASKED, "bert-generation", "xlnet"}
 def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     """Read and check a model's configuration; raises UserError for what cannot be pruned."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
     except (ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
         text = str(error).strip()
         if "trust_remote_code" in text:
@@ -115,11 +118,32 @@ def build_skeleton(
 
     `experts_one_by_one`: use the library's eager implementation of experts, so that every product is seen.
     """
+    trust = trusted(config.name_or_path, trust_remote_code)
     with _parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        if hasattr(config, "pruned_layers") and "auto_map" not in vars(config):
+            # cut in memory, so its class does not know how to rebuild itself
+            rebuild(model, config.pruned_path, config.pruned_layers)
     if experts_one_by_one:
         _set_experts_implementation(model, dict.fromkeys(_expert_configs(model), "eager"))
     return model.eval().requires_grad_(False)
+
+
+def load_model(
+    folder: Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a folder with its weights, and what transformers says of the loading."""
+    with quiet_loader():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trusted(folder, trust_remote_code), output_loading_info=True
+        )
+    return model, info
+
+
+def rebuild_layers(model: PreTrainedModel, path: str, entries: list[dict[str, Any]]) -> None:
+    """Change the layers of a model without weights as `modeling_pruned` will when the checkpoint is loaded."""
+    with _parameters_on_meta():
+        rebuild(model, path, entries)
 
 
 @contextlib.contextmanager
@@ -219,10 +243,16 @@ class Routing:
         single = {name: group.keys[0] for name, group in self.groups.items() if not group.converted}
         return [name for name, key in single.items() if self._checkpoint.entries[key].shape != state[name].shape]
 
-    def store(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The current parameters under a module path as checkpoint tensors: names and layout of the source."""
+    def store(
+        self, prefix: str, edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The current parameters under a module path as checkpoint tensors: names and layout of the source.
+
+        `edit(name, value)`: what is stored in place of a parameter's value; it may have another shape.
+        """
         groups = [group for name, group in self.groups.items() if name.startswith(prefix)]
         state = {name: value for name, value in self._model.state_dict().items() if name.startswith(prefix)}
+        state = {name: edit(name, value) for name, value in state.items()} if edit else state
         tensors = {key: state.pop(one.parameter) for one in groups if not one.converted for key in one.keys}
         keys = [key for one in groups if one.converted for key in one.keys]
         if keys:

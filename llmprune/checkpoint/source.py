@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,13 @@ def companions(folder: Path, *, code: bool) -> list[Path]:
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     skip = {INDEX_NAME, "llmprune.json"}
     return sorted(path for path in found if path.name not in skip and (code or path.suffix != ".py"))
+
+
+def copy_companions(source: Path, target: Path, *, code: bool) -> None:
+    """Put the files beside a model's weights into another folder."""
+    # config.json last: without it nothing takes the folder for a model
+    for path in sorted(companions(source, code=code), key=lambda path: path.name == "config.json"):
+        shutil.copyfile(path, target / path.name)
 
 
 def _download(model: str, token: str | None) -> Path:

@@ -7,8 +7,9 @@ layer at its new place; where a configuration cannot say so, the edit is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ class Surgery:
 
     `layers`: those that stay, in order. `experts`: which experts of a layer stay, in order; layers not
     named keep all. `replaced`: parameters that get other values, by name, in their shape before the cut.
+    `silent`: halves (attention, MLP) of layers that put out nothing. `entries`: how layers then differ from what
+    their class builds, for `modeling_pruned`.
     """
 
     depth: int
     layers: tuple[int, ...]
     experts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    silent: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    entries: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def drop(cls, depth: int, dropped: Iterable[int]) -> Surgery:
@@ -67,7 +72,8 @@ class Cutter:
     """Carries tensors of the old model over to the new one: their names, and what is left of them.
 
     `old` and `new` are models of the two configurations; weights are not read. Raises UserError if
-    a kept layer would be another kind of layer in the new model.
+    a kept layer would be another kind of layer in the new model. `new` may be rebuilt afterwards: its shapes count
+    when tensors are cut.
     """
 
     def __init__(self, old: PreTrainedModel, new: PreTrainedModel, surgery: Surgery) -> None:
@@ -76,7 +82,7 @@ class Cutter:
         self.surgery = surgery
         self.place = {index: place for place, index in enumerate(surgery.layers)}
         self._shapes = {name: one.shape for name, one in old.state_dict().items()}
-        self._new_shapes = {name: one.shape for name, one in new.state_dict().items()}
+        self._new = new
         if len(new_layers) != len(surgery.layers):
             raise UserError(
                 f"{type(old).__name__} takes its number of layers from elsewhere than num_hidden_layers; "
@@ -95,6 +101,10 @@ class Cutter:
                     "drop other layers"
                 )
 
+    @cached_property
+    def _new_shapes(self) -> dict[str, torch.Size]:
+        return {name: one.shape for name, one in self._new.state_dict().items()}
+
     def layer_key(self, key: str, index: int) -> str:
         """The key of a tensor of layer `index` at its new place: its first number is that of the layer."""
         parts = key.split(".")
@@ -109,9 +119,12 @@ class Cutter:
     ) -> tuple[str, torch.Tensor] | None:
         """Name and value in the new model of the tensor `key` of layer `index`, which feeds `parameter`.
 
-        None if it belonged to an expert that is left out. `kept`: other experts than the edit says, as many.
+        None if it belonged to an expert or a module that is left out. `kept`: other experts than the edit says, as
+        many.
         """
         renamed = self.layer_key(key, index)
+        if parameter in self._shapes and self._new_name(parameter, index) not in self._new_shapes:
+            return None
         axis = self._axis(parameter, index)
         if axis is None:
             return renamed, tensor
@@ -140,9 +153,11 @@ class Cutter:
         if parameter not in self._shapes or index not in self.surgery.experts:
             return None
         before = self._shapes[parameter]
-        name = f"{self.path}.{self.place[index]}.{parameter.removeprefix(f'{self.path}.{index}.')}"
-        after = self._new_shapes[name]
+        after = self._new_shapes[self._new_name(parameter, index)]
         return next((axis for axis in range(len(before)) if before[axis] != after[axis]), None)
+
+    def _new_name(self, parameter: str, index: int) -> str:
+        return f"{self.path}.{self.place[index]}.{parameter.removeprefix(f'{self.path}.{index}.')}"
 
 
 def cut_in_place(model: PreTrainedModel, new: PreTrainedModel, cutter: Cutter) -> None:
@@ -152,25 +167,41 @@ def cut_in_place(model: PreTrainedModel, new: PreTrainedModel, cutter: Cutter) -
     knows of its place (`layer_idx`, kind of attention, number of experts) comes from the new configuration.
     """
     surgery, path = cutter.surgery, cutter.path
+    state = {}
+    for index in surgery.layers:
+        prefix = f"{path}.{index}."
+        for short, tensor in model.get_submodule(path)[index].state_dict().items():
+            value = surgery.replaced.get(prefix + short)
+            value = tensor if value is None else value.to(tensor.device, tensor.dtype)
+            found = cutter.cut(prefix + short, prefix + short, value, index)
+            if found is not None:
+                state[found[0]] = found[1]
+    graft(model, new, path, state, surgery.layers)
+
+
+def graft(
+    model: PreTrainedModel, new: PreTrainedModel, path: str, state: dict[str, torch.Tensor], origins: Sequence[int]
+) -> None:
+    """Give a loaded model the list of layers of `new` at `path`, filled with `state`, and its configuration.
+
+    `origins`: which old layer each new one was. Values of `state` outside the layers are set where they lie.
+    """
     training = decoder_layers(model)[1].training
-    for name, value in surgery.replaced.items():
-        parameter = model.get_parameter(name)
-        parameter.data = value.to(parameter.device, parameter.dtype)
     fresh = new.get_submodule(path)
-    for place, index in enumerate(surgery.layers):
+    for place, index in enumerate(origins):
         old_layer = model.get_submodule(f"{path}.{index}")
         trainable = {name: one.requires_grad for name, one in old_layer.named_parameters()}
-        state = {}
-        for short, tensor in old_layer.state_dict().items():
-            full = f"{path}.{index}.{short}"
-            found = cutter.cut(full, full, tensor, index)
-            assert found is not None
-            state[found[0].removeprefix(f"{path}.{place}.")] = found[1]
+        prefix = f"{path}.{place}."
         layer = fresh.get_submodule(str(place))
-        layer.load_state_dict(state, assign=True)
+        layer.load_state_dict(
+            {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}, assign=True
+        )
         layer.to(model.device)
         for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(trainable[name])
+            parameter.requires_grad_(trainable.get(name, False))
+    for name, value in state.items():
+        if not name.startswith(f"{path}."):
+            model.get_parameter(name).data = value
     holder, _, short = path.rpartition(".")
     setattr(model.get_submodule(holder), short, fresh)
     fresh.train(training)

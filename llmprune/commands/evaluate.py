@@ -44,14 +44,15 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity on texts, lm-eval tasks, closeness to a dense baseline, samples."""
     import llmprune
+    from llmprune.checkpoint import output
+    from llmprune.checkpoint.output import REPORT_NAME
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out {out} must be a file in a folder that exists")
     if not (seqlen == "max" or seqlen.isdigit()):
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
-    report = Path(model) / "llmprune.json"
-    if record and not report.is_file():
-        raise UserError(f"--record: there is no {report}; only a model that llmprune made has one")
+    if record and not (Path(model) / REPORT_NAME).is_file():
+        raise UserError(f"--record: there is no {Path(model) / REPORT_NAME}; only a model that llmprune made has one")
     result = llmprune.evaluate(
         model,
         perplexity=perplexity or [],
@@ -75,8 +76,7 @@ def evaluate(
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
     if record:
-        content = json.loads(report.read_text())
-        report.write_text(json.dumps({**content, "evaluation": result}, indent=1) + "\n")
+        output.record(Path(model), "evaluation", result)
     if as_json:
         print(json.dumps(result))
     else:

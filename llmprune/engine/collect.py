@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import nn
 from llmprune.arch.discover import expert_blocks
 from llmprune.engine.dense import Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
-from llmprune.engine.suspend import Call
-from llmprune.statistics import Sums
+from llmprune.engine.routing import Routed, one_expert_each, routing
+from llmprune.engine.suspend import Call, first_tensor
+from llmprune.statistics import Stats, Sums
 from llmprune.types import RunError
 
 IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
@@ -25,14 +26,26 @@ class _Enough(BaseException):
 
 
 class Collector:
-    """Statistics of the inputs of `wanted` parameters, shared between products that read the same tensor."""
+    """Statistics of the inputs of the `counted` matrices, shared between products that read the same tensor.
 
-    def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str], *, ordered: bool = False) -> None:
+    `wanted`: the parameters that are watched; None for `counted`: all of them count. `ordered`: see `Sums`.
+    """
+
+    def __init__(
+        self,
+        wanted: dict[str, nn.Parameter],
+        kinds: frozenset[str],
+        counted: set[str] | None = None,
+        *,
+        ordered: bool = False,
+    ) -> None:
         self._wanted = wanted
         self.kinds, self._ordered = kinds, ordered
+        self._counted = counted
         self._seen: list[tuple[Product, InputKey]] = []
         self._muted = False  # what is seen meanwhile does not count
         self._replayed: dict[str, list[torch.Tensor]] | None = None  # where inputs of a replay go
+        self._routed: Routed | None = None  # of the present call, where its experts are to share a goal
         self._enough: int | None = None
         self.sums: dict[str, Sums] = {}
         self.transposed: dict[str, bool] = {}
@@ -45,11 +58,13 @@ class Collector:
         all_experts: bool = False,
         dense: list[Inputs] | None = None,
         numbers: Iterable[int] | None = None,
+        goals: Sequence[torch.Tensor] = (),
     ) -> None:
         """Call `module` on every captured `(args, kwargs)`; outputs are dropped.
 
         `all_experts`: every token counts for every expert. `dense`: what each call's matrices see in the
-        dense model, to be compared with what they see here. `numbers`: of the batches, if not from 0.
+        dense model, to be compared with what they see here. `numbers`: of the batches, if not from 0. `goals`: what
+        `module`, an expert block, should put out (tokens x width), which its experts then share.
         """
         # held by no attribute: a cycle would keep the weights of a finished layer until the next collection
         observe = Observe(self._wanted, self._see)
@@ -57,19 +72,25 @@ class Collector:
         for place, (number, (args, kwargs)) in enumerate(zip(numbers or itertools.count(), calls, strict=False)):
             given = [(one, one._version) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
             beside = dense[place] if dense is not None else None
+            self._routed = Routed.of(module, args, kwargs) if goals else None
             with contextlib.suppress(_Enough), observe, self._at_blocks(blocks, all_experts, beside):
-                module(*args, **kwargs)
+                output = module(*args, **kwargs)
             if any(one._version != version for one, version in given):
                 raise RunError(f"{type(module).__name__} changes its own input {IN_PLACE}")
             if not blocks:
                 # the first batch tells how many products there are; later ones stop at the last
                 self._enough = len(self._seen)
-            self._accumulate(number, beside)
+            shared = self._routed is not None
+            self._accumulate(number, beside, goals[place] - _rows(first_tensor(output)) if shared else None)
 
-    def add(self, product: Product, batch: int, dense: Inputs | None) -> None:
-        """Take in one product that was seen elsewhere."""
+    def totals(self) -> dict[str, Stats]:
+        """The statistics of every matrix that a token reached."""
+        return {name: one.total() for name, one in self.sums.items()}
+
+    def add(self, product: Product, batch: int, dense: Inputs | None, lack_TO: torch.Tensor | None = None) -> None:
+        """Take in one product that was seen elsewhere, and what its outputs are to make up for."""
         self._see([product])
-        self._accumulate(batch, dense)
+        self._accumulate(batch, dense, lack_TO)
 
     def _see(self, products: list[Product]) -> None:
         if self._replayed is not None:
@@ -78,7 +99,11 @@ class Collector:
             return
         if self._muted:
             return
-        self._seen.extend((one, input_key(one.x_TI)) for one in products)
+        for one in products:
+            if self._counted is None or one.name in self._counted:
+                self._seen.append((one, input_key(one.x_TI)))
+            elif self._routed is not None and not _in_order(one, self._routed):
+                self._routed = None
         if len(self._seen) == self._enough:
             raise _Enough
 
@@ -96,10 +121,10 @@ class Collector:
             if busy or not (all_experts or dense):
                 return
             busy = True
-            for its_args, its_kwargs in _one_expert_each(block, args, kwargs) if all_experts else [(args, kwargs)]:
+            for its_args, its_kwargs in one_expert_each(block, args, kwargs) if all_experts else [(args, kwargs)]:
                 if all_experts:
                     block(*its_args, **its_kwargs)
-                if dense is not None and dense.blocks.get(block) and _routing(args, kwargs) is not None:
+                if dense is not None and dense.blocks.get(block) and routing(args, kwargs) is not None:
                     self._replayed = dense.products
                     block(dense.blocks[block][0], *its_args[1:], **its_kwargs)
                     self._replayed = None
@@ -118,7 +143,7 @@ class Collector:
                 stack.callback(block.register_forward_hook(after).remove)
             yield
 
-    def _accumulate(self, batch: int, dense: Inputs | None) -> None:
+    def _accumulate(self, batch: int, dense: Inputs | None, lack_TO: torch.Tensor | None = None) -> None:
         # a matrix used twice has two inputs; matrices with the same inputs share their statistics
         inputs: dict[str, list[Product]] = {}
         keys: dict[str, tuple[InputKey, ...]] = {}
@@ -141,7 +166,13 @@ class Collector:
             updated.add(id(sums))
             for product in inputs[names[0]]:
                 beside = [dense.next_of(name) for name in names] if dense is not None else [None]
-                stats = sums.update(batch, product.x_TI, beside[0])
+                if self._routed is None or lack_TO is None or product.index is None:
+                    stats = sums.update(batch, product.x_TI, beside[0], lack_TO)
+                else:
+                    # what the block lacks holds all that has moved: these inputs are compared with themselves
+                    gated_TI = self._routed.tokens_of(product.index)[1].float()[:, None] * product.x_TI
+                    lack_TO = self._routed.share_of(product.index, lack_TO)
+                    stats = sums.update(batch, gated_TI, gated_TI, lack_TO)
                 if not bool(torch.isfinite(stats.square_sums_I).all()):
                     self._check_weights()
                     raise RunError(_not_finite(product.x_TI, product.name, batch))
@@ -173,34 +204,13 @@ def _not_finite(x_TI: torch.Tensor, name: str, batch: int) -> str:
     )
 
 
-def _one_expert_each(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
-    """A call of an expert block once per expert, with every token routed to it."""
-    fused = next((one for one in block.parameters(recurse=False) if one.dim() == 3), None)
-    if fused is None:
-        raise RunError(f"calibration.all_experts: {type(block).__name__} does not fuse its experts; leave it off")
-    routing = _routing(args, kwargs)
-    if routing is None:
-        raise RunError("calibration.all_experts: this model's expert block takes no expert index, so it cannot be had")
-    for expert in range(len(fused)):
-        yield (
-            tuple(_to_one_expert(one, routing, expert) for one in args),
-            {key: _to_one_expert(one, routing, expert) for key, one in kwargs.items()},
-        )
+def _rows(output: torch.Tensor) -> torch.Tensor:
+    return output.reshape(-1, output.shape[-1])
 
 
-def _routing(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The argument of an expert block that holds the chosen experts, tokens x choices."""
-    return next((one for one in (*args, *kwargs.values()) if _is_index(one)), None)
-
-
-def _to_one_expert(value: Any, routing: torch.Tensor, expert: int) -> Any:
-    """An argument with its routing replaced: the chosen experts become `expert`, their weights 1."""
-    if value is routing:
-        return torch.full_like(routing[:, :1], expert)
-    if isinstance(value, torch.Tensor) and value.shape == routing.shape:
-        return torch.ones_like(value[:, :1])
-    return value
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()
+def _in_order(product: Product, routed: Routed) -> bool:
+    """Whether an expert takes its tokens in the order that `routed` gives them."""
+    if product.index is None:
+        return False
+    rows_N = routed.tokens_of(product.index)[0]
+    return torch.equal(product.x_TI, routed.hidden_TD[rows_N])

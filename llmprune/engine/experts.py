@@ -12,33 +12,9 @@ import torch
 from torch import nn
 
 from llmprune.arch.discover import expert_blocks
+from llmprune.engine.routing import Routed
 from llmprune.engine.trunk import Trunk
 from llmprune.types import UserError
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A call of an expert block: hidden states (tokens x width), the experts chosen and their gates (tokens x k).
-
-    The gates are those that the model's own router gave: softmax or sigmoid, renormalised or not, scaled.
-    """
-
-    block: nn.Module
-    hidden_TD: torch.Tensor
-    chosen_TK: torch.Tensor
-    gates_TK: torch.Tensor
-
-    def output(self, expert: int, rows_N: torch.Tensor) -> torch.Tensor:
-        """f_e(x) for some of the tokens, without their gates (tokens x width)."""
-        chosen_N1 = torch.full((len(rows_N), 1), expert, dtype=self.chosen_TK.dtype, device=rows_N.device)
-        gates_N1 = torch.ones(len(rows_N), 1, dtype=self.gates_TK.dtype, device=rows_N.device)
-        output: torch.Tensor = self.block(self.hidden_TD[rows_N], chosen_N1, gates_N1)
-        return output
-
-    def tokens_of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that `expert` was chosen for, and its gates there."""
-        rows_N, places_N = torch.where(self.chosen_TK == expert)
-        return rows_N, self.gates_TK[rows_N, places_N]
 
 
 @dataclass
@@ -115,22 +91,16 @@ def _watched(layer: nn.Module, take: Callable[[Routed], None]) -> Iterator[None]
         nonlocal busy
         if busy:
             return
-        values = (*args, *kwargs.values())
-        chosen = next((one for one in values if _is_index(one)), None)
-        if chosen is None:
+        routed = Routed.of(block, args, kwargs)
+        if routed is None:
             raise UserError(
                 f"{type(block).__name__} is not told which experts were chosen; its experts cannot be scored"
             )
-        gates = next(one for one in values if one is not chosen and one.shape == chosen.shape)
         busy = True
-        take(Routed(block, args[0], chosen, gates))
+        take(routed)
         busy = False
 
     with contextlib.ExitStack() as stack:
         for _, block in expert_blocks(layer):
             stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point()

@@ -1,41 +1,170 @@
-"""What needs the whole model and its gradients in memory at once."""
+"""Gradients with respect to the weights, one layer at a time.
+
+Held in memory are one layer with its gradients (three times its weights, in float32), and for gradients of the loss
+what enters every layer for all tokens: tokens x width x layers values in the model's dtype. What was found waits on
+disk, in the system's folder for temporary files: two float32 values a weight.
+"""
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from llmprune.engine.trunk import Trunk, token_losses
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from llmprune.engine.trunk import States, Trunk, token_losses
+from llmprune.types import Gradient, MatrixSpec
+
+# Sums over the batches for some parameters of a layer, by their names in it.
+Found = dict[str, Gradient]
+
+
+def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
+    """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
+
+    Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
+    and handing the gradient of its input on to the layer below. A batch is one sample g_n (see `Gradient`).
+    """
+    entered: list[States] = []
+    states = trunk.enter()
+    for _, after in trunk.walk(states):
+        entered.append(states)
+        states = after
+    above = [_of_loss(trunk, number, state) for number, state in enumerate(states)]
+    for index in reversed(range(trunk.depth)):
+        with trunk.loaded(index):
+            found, above = _backwards(trunk, index, entered.pop(), above, parameters[index])
+            yield index, found
+
+
+def regional_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
+    """Of the Euclidean norm of each layer's own output, in order; nothing but the layer is run."""
+    states = trunk.enter()
+    for index, after in trunk.walk(states):
+        direction = [torch.nn.functional.normalize(one.flatten(), dim=0).view_as(one) for one in after]
+        yield index, _backwards(trunk, index, states, direction, parameters[index])[0]
+        states = after
+
+
+class Gradients:
+    """Gradients of the matrices of a model's layers, on disk until they are asked for."""
+
+    def __init__(self, trunk: Trunk, specs: Sequence[MatrixSpec], *, regional: bool) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
+        self._samples = len(trunk.batches)
+        self._layer_of = {
+            spec.parameter: index
+            for index, unit in enumerate(trunk.units)
+            for spec in specs
+            if spec.parameter.startswith(unit.prefix)
+        }
+        names: list[list[str]] = [[] for _ in trunk.units]
+        for parameter, index in self._layer_of.items():
+            names[index].append(parameter.removeprefix(trunk.units[index].prefix))
+        for index, found in (regional_gradients if regional else loss_gradients)(trunk, names):
+            prefix = trunk.units[index].prefix
+            tensors = {f"mean.{prefix}{name}": one.mean_OI for name, one in found.items()}
+            tensors |= {f"squares.{prefix}{name}": one.squares_OI for name, one in found.items()}
+            save_file({name: one.contiguous() for name, one in tensors.items()}, self._path(index))
+
+    def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
+        """Those of one matrix, outputs x inputs."""
+        with safe_open(self._path(self._layer_of[spec.parameter]), framework="pt") as file:
+
+            def read(what: str) -> torch.Tensor:
+                name = f"{what}.{spec.parameter}"
+                stored: torch.Tensor = file.get_tensor(name) if spec.index is None else file.get_slice(name)[spec.index]
+                return (stored.T if spec.transposed else stored).to(device)
+
+            return Gradient(read("mean"), read("squares"), self._samples)
+
+    def _path(self, layer: int) -> Path:
+        return Path(self._folder.name) / f"{layer}.safetensors"
 
 
 def saliency(trunk: Trunk) -> list[float]:
-    """Sum of |w g| over the matrices of every layer; g is the gradient of the mean loss over the calibration text.
+    """Sum of |w g| over the matrices of every layer; g is the gradient of the mean loss over the calibration text."""
+    matrices = [[name for name, one in unit.module.named_parameters() if one.dim() >= 2] for unit in trunk.units]
+    totals = [0.0] * trunk.depth
+    for index, found in loss_gradients(trunk, matrices):
+        module = trunk.units[index].module
+        totals[index] = sum(
+            float((module.get_parameter(name).detach() * one.mean_OI).abs().sum(dtype=torch.float64))
+            for name, one in found.items()
+        )
+    return totals
 
-    Holds all layers and their gradients: twice the size of the model.
-    """
-    layers = [unit.module for unit in trunk.units]
-    batches = trunk.batches
-    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
-    with trunk.loaded(*range(trunk.depth)):
-        matrices = [[one for one in layer.parameters() if one.dim() >= 2] for layer in layers]
-        before = [[one.requires_grad for one in some] for some in matrices]
-        for some in matrices:
-            for one in some:
-                one.requires_grad_(True)
-        try:
+
+def _of_loss(trunk: Trunk, batch: int, state: torch.Tensor) -> torch.Tensor:
+    """The gradient of a batch's mean loss with respect to what leaves the last layer."""
+    with torch.enable_grad():
+        state = state.detach().requires_grad_()
+        loss = token_losses(trunk.logits(batch, state), trunk.batches[batch]["input_ids"]).mean()
+        return torch.autograd.grad(loss, state)[0]
+
+
+def _none(parameter: torch.Tensor) -> Gradient:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return Gradient(torch.zeros_like(parameter, dtype=dtype), torch.zeros_like(parameter, dtype=dtype))
+
+
+def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str]) -> tuple[Found, States]:
+    """Sums for a loaded layer, and the gradients of its inputs, from those of its outputs (`above`)."""
+    module = trunk.units[index].module
+    parameters = {name: module.get_parameter(name) for name in names}
+    found = {name: _none(one) for name, one in parameters.items()}
+    flags = {name: one.requires_grad for name, one in parameters.items()}
+    counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
+    below: States = []
+    try:
+        for one in parameters.values():
+            one.requires_grad_(True)
+        for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
             with torch.enable_grad():
-                for batch in batches:
-                    logits = trunk.model(**batch, use_cache=False).logits
-                    (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()
-            return [
-                sum(
-                    float((one.detach() * one.grad).abs().sum(dtype=torch.float64))
-                    for one in some
-                    if one.grad is not None
-                )
-                for some in matrices
-            ]
-        finally:
-            for some, flags in zip(matrices, before, strict=True):
-                for one, flag in zip(some, flags, strict=True):
-                    one.grad = None
-                    one.requires_grad_(flag)
+                leaf = state.detach().requires_grad_()
+                output = trunk.apply(index, number, leaf)
+                wanted = (leaf, *parameters.values())
+                into, *gradients = torch.autograd.grad(output, wanted, cotangent, allow_unused=True)
+            below.append(into)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    found[name].add(gradient, counts[number] / sum(counts))
+    finally:
+        for name, one in parameters.items():
+            one.requires_grad_(flags[name])
+    return found, below
+
+
+@contextlib.contextmanager
+def differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While active, these parameters get gradients; afterwards they have none, and the flags that they had."""
+    before = [one.requires_grad for one in parameters]
+    for one in parameters:
+        one.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for one, flag in zip(parameters, before, strict=True):
+            one.grad = None
+            one.requires_grad_(flag)
+
+
+def backward(trunk: Trunk, batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Add the gradient of the mean loss over some batches; the layers must be loaded."""
+    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
+    with torch.enable_grad():
+        for batch in batches:
+            logits = trunk.model(**batch, use_cache=False).logits
+            (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()  # type: ignore[no-untyped-call]
+
+
+def sequences(trunk: Trunk) -> Iterator[dict[str, torch.Tensor]]:
+    """The calibration text one sequence at a time."""
+    for batch in trunk.batches:
+        for start in range(len(batch["input_ids"])):
+            yield {key: one[start : start + 1] for key, one in batch.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ WARM_UP = 4
 
 def reconstruct(
     module: nn.Module,
-    parameters: dict[str, torch.Tensor],
+    parameters: Mapping[str, torch.Tensor],
     kept: dict[str, torch.Tensor],
+    storage: dict[str, torch.dtype],
     calls: list[tuple[Call, torch.Tensor]],
     targets: list[torch.Tensor],
     *,
@@ -30,22 +32,23 @@ def reconstruct(
 ) -> tuple[dict[str, torch.Tensor], float, float]:
     """Weights that bring the outputs of `module` on `calls` closer to `targets`, with the same zeros.
 
-    `parameters`: float32 values to start from, by name in the module; `kept`: bool masks of the same
-    shapes; `calls`: arguments and present output of each batch of `share`. Adam on the squared error, one batch a
-    step, `epochs` times through all batches in an order drawn from `seed`; the step length rises over the first
-    steps and falls along a half cosine. Every process of the share adds its part of the step's gradient. Needs one
+    `parameters`: values to start from, by name in the module; `kept`: bool masks of the same shapes; `storage`: dtypes
+    in which they will be stored; `calls`: arguments and present output of each batch of `share`. Adam on the squared
+    error, one batch a step, `epochs` times through all batches in an order drawn from `seed`; the step length rises over
+    the first steps and falls along a half cosine. Every process of the share adds its part of the gradient. Needs one
     layer's parameters four times in float32 (values, gradients, two moments) and the activations of one
-    batch. Returns the weights, and the relative squared error (of the targets' energy) before and after;
-    if that did not fall, the weights are those given.
+    batch. Returns the weights as they will be read back, and the relative squared error (of the targets' energy)
+    before and after; if that did not fall, the weights are those given.
     """
     energy = share.add_up(float(one.float().square().sum()) for one in targets)
     before = (
         share.add_up(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
     )
-    values = {name: one.clone().requires_grad_() for name, one in parameters.items()}
-    rates = {name: RATE * float(one[kept[name]].square().mean().sqrt()) for name, one in parameters.items()}
+    start = {name: one.detach().float() for name, one in parameters.items()}
+    values = {name: one.clone().requires_grad_() for name, one in start.items()}
+    rates = {name: RATE * float(one[kept[name]].square().mean().sqrt()) for name, one in start.items()}
     if not any(rates.values()):
-        return parameters, before, before
+        return start, before, before
     optimizer = torch.optim.Adam(
         [{"params": [values[name]], "lr": rate} for name, rate in rates.items() if rate > 0], betas=BETAS
     )
@@ -72,11 +75,11 @@ def reconstruct(
         optimizer.step()
         optimizer.zero_grad()
         shape.step()
-    found = {name: one.detach() for name, one in values.items()}
+    found = {name: one.detach().to(storage[name]).masked_fill(~kept[name], 0).float() for name, one in values.items()}
     with torch.no_grad():
         fitted = (_output(module, found, call) for call, _ in calls)
         after = share.add_up(float(_squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
-    return (found, before, after) if after < before else (parameters, before, before)
+    return (found, before, after) if after < before else (start, before, before)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -9,16 +9,18 @@ the same pass goes on through it. One pass; the inner activations of a layer are
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
+from llmprune.arch.sublayers import writes_to_stream
 from llmprune.engine.collect import Collector
 from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
+from llmprune.engine.residual import Residual, recorded, writers
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import DONE, Call, Stop, Suspended, first_tensor
 from llmprune.statistics import DRIFT, Stats
@@ -46,8 +48,11 @@ class Work(Protocol):
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         """Prune the matrices whose statistics are given; uses the dict up."""
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
-        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs."""
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+        """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs.
+
+        Returns whether its weights may have changed, which those of a unit that was finished before never do.
+        """
 
     def finish(self, unit: Unit) -> None:
         """Nothing more will be measured in `unit`."""
@@ -94,17 +99,17 @@ class _Course:
         self._units = {unit.name: unit for unit in units}
         self._suspended, self._dense, self._work, self._share = suspended, dense, work, share
         self._observe = Observe({}, self._see) if by_module else None
-        self._blocks = contextlib.ExitStack()
+        self._hooks = contextlib.ExitStack()
         self._inside_blocks: set[str] = set()
         self._unit: Unit | None = None  # None while the dense stream moves, which no product may stop
         self._inputs: list[Inputs] | None = None
-        self._fresh = False  # the unit is being solved in this run and not yet finished
+        self._residuals: list[Residual] = []
         self._last: Solved | None = None
 
     def run(self) -> None:
         """From start to end, or until every unit is finished."""
         # forwards end inside the mode in which they were suspended
-        with self._observe or contextlib.nullcontext(), contextlib.closing(self._suspended), self._blocks:
+        with self._observe or contextlib.nullcontext(), contextlib.closing(self._suspended), self._hooks:
             if self._dense is not None:
                 self._dense.start()
             self._suspended.start()
@@ -133,40 +138,54 @@ class _Course:
             self._inputs = self._dense.through(unit, _parameters(unit, self._work.wanted(unit)))
         self._work.enter(unit)
         wanted = self._work.wanted(unit)
-        self._unit, self._last, self._fresh = unit, None, bool(wanted)
+        self._unit, self._last = unit, None
         if self._observe is not None:
             self._observe.watch(_parameters(unit, wanted))
-            self._inside_blocks = _stop_at_blocks(unit, self._suspended, self._blocks)
+            self._inside_blocks = _stop_at_blocks(unit, self._suspended, self._hooks)
+            if self._inputs and self._inputs[0].residual is not None:
+                self._record_residuals(unit)
         elif wanted:
             self._measure_and_solve(unit.module, wanted)
             if not self._work.reconstructs:
                 self._finish()
+
+    def _record_residuals(self, unit: Unit) -> None:
+        """From now on, take down what the batches add to the residual stream; each writer sees them in order."""
+        self._residuals = [Residual.of(call) for call in self._suspended.payloads()]
+        passed: dict[str, int] = {}
+
+        def write(path: str, output: torch.Tensor) -> None:
+            if self._suspended.inside():
+                number = passed.get(path, 0)
+                passed[path] = number + 1
+                self._residuals[number].added[path] = output
+
+        self._hooks.enter_context(recorded(unit.module, writers(unit.module), write))
 
     def _depart(self) -> None:
         """All batches have passed the current unit."""
         if self._unit is not None:
             self._finish()
             self._work.leave(self._unit)
-            self._blocks.close()
-        self._unit, self._inputs = None, None
+            self._hooks.close()
+        self._unit, self._inputs, self._residuals = None, None, []
 
     def _finish(self) -> None:
         assert self._unit is not None
         self._work.finish(self._unit)
-        self._fresh = False
 
     def _fit(self) -> bool:
         """At the exit of a unit: fit it to the dense outputs; whether it must be run again, with its new weights."""
         assert self._unit is not None
-        if not self._fresh:
+        if self._inputs is None:  # it has run again
             return False
-        assert self._inputs is not None
-        self._blocks.close()
+        self._hooks.close()
         calls = [(call, first_tensor(output)) for call, output in self._suspended.payloads()]
         targets = [one.output for one in self._inputs if one.output is not None]
-        self._work.reconstruct(self._unit, calls, targets)
+        if not self._work.reconstruct(self._unit, calls, targets):
+            return False
         self._finish()
-        self._inputs = None
+        self._inputs, self._residuals = None, []
         return True
 
     def _see(self, products: list[Product]) -> None:
@@ -179,24 +198,53 @@ class _Course:
                     self._suspended.pause(Stop("product", product.name, product))
 
     def _solve_block(self, path: str) -> None:
-        """Within an expert block the batches' orders differ: it is measured as a whole, then solved."""
+        """Within an expert block the batches' orders differ: it is run as a whole, for its first matrices and its last."""
         assert self._unit is not None
         prefix = f"{self._unit.prefix}{path}."
         wanted = {name for name in self._work.wanted(self._unit) if name.partition("[")[0].startswith(prefix)}
-        if wanted:
-            self._measure_and_solve(self._unit.module.get_submodule(path), wanted)
+        block = self._unit.module.get_submodule(path)
+        last = {name for name in wanted if writes_to_stream(name)}
+        if wanted - last:
+            self._measure_and_solve(block, wanted - last)
+        if last:
+            self._measure_and_solve(block, last, self._goals(path))
 
-    def _measure_and_solve(self, module: nn.Module, wanted: set[str]) -> None:
+    def _measure_and_solve(self, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor] = ()) -> None:
         """Run `module` of the unit on what the batches hold before it, and solve the `wanted` matrices in it."""
         assert self._unit is not None
-        self._work.solve(self._unit, *self._measure(self._unit, module, wanted))
+        self._work.solve(self._unit, *self._measure(self._unit, module, wanted, goals))
 
-    def _measure(self, unit: Unit, module: nn.Module, wanted: set[str]) -> tuple[dict[str, Stats], dict[str, bool]]:
-        share = self._share
-        collector = Collector(_parameters(unit, wanted), self._work.kinds, ordered=share.ordered)
-        payloads, everyone = self._suspended.payloads(), self._work.all_experts
-        collector.run(module, payloads, all_experts=everyone, dense=self._inputs, numbers=share.numbers)
+    def _measure(
+        self, unit: Unit, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, Stats], dict[str, bool]]:
+        share, everything = self._share, _parameters(unit, {one.name for one in unit.matrices})
+        collector = Collector(everything, self._work.kinds, wanted, ordered=share.ordered)
+        collector.run(
+            module,
+            self._suspended.payloads(),
+            all_experts=self._work.all_experts,
+            dense=self._inputs,
+            numbers=share.numbers,
+            goals=goals,
+        )
         return share.whole(collector, unit, wanted), collector.transposed
+
+    def _goals(self, writer: str) -> list[torch.Tensor]:
+        """What a writer would have to put out for each batch's residual stream to be the dense model's; or nothing."""
+        return [
+            dense.residual.after(writer) - pruned.before(writer)
+            for dense, pruned in zip(self._inputs or (), self._residuals, strict=False)
+            if dense.residual is not None and not self._work.all_experts
+        ]
+
+    def _lack(self, product: Product, batch: int) -> torch.Tensor | None:
+        """How far the residual stream that a product writes to is behind that of the dense model."""
+        assert self._unit is not None
+        writer = product.parameter.removeprefix(self._unit.prefix).removesuffix(".weight")
+        dense = self._inputs[batch].residual if self._inputs is not None else None
+        if dense is None or writer not in dense.added:
+            return None
+        return dense.before(writer) - self._residuals[batch].before(writer)
 
     def _solve_product(self, name: str) -> None:
         """Solve one product; if it reads the very tensors that the last one read, with the last one's statistics."""
@@ -208,8 +256,8 @@ class _Course:
         else:
             collector = Collector({}, self._work.kinds, ordered=self._share.ordered)
             for place, product in enumerate(products):
-                dense = self._inputs[place] if self._inputs is not None else None
-                collector.add(product, self._share.numbers[place], dense)
+                beside = self._inputs[place] if self._inputs is not None else None
+                collector.add(product, self._share.numbers[place], beside, self._lack(product, place))
             stats = self._share.whole(collector, self._unit, {name})[name]
         self._work.solve(self._unit, {name: stats}, {name: products[0].transposed})
         self._last = (stats, products, keys)

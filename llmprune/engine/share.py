@@ -35,13 +35,19 @@ class Share:
         """All batches, in one process."""
         return cls(batches, list(range(len(batches))))
 
+    @classmethod
+    def of(cls, tokens: list[torch.Tensor], device: torch.device, ranks: Ranks, *, ordered: bool) -> Share:
+        """What this process gets of all batches of token ids; raises UserError if there are too few to go round."""
+        mine = share_out(tokens, ranks, ordered=ordered)
+        return cls([{"input_ids": one.to(device)} for one in mine.values()], list(mine), ranks, ordered)
+
     def whole(self, collector: Collector, unit: Unit, wanted: set[str]) -> dict[str, Stats]:
         """The statistics of the `wanted` matrices that all processes collected; those that another has are not `whole`.
 
         A matrix that no token reached is not among them.
         """
         if self.ranks.count == 1:
-            return {name: one.total() for name, one in collector.sums.items()}
+            return collector.totals()
         groups = self._agree(collector, wanted)
         owners = _owners(unit, groups, self.ranks.count)
         device = next(unit.module.parameters()).device
@@ -86,26 +92,30 @@ class Share:
         if self.ordered:
             return self._in_order(sums, owner)
         stats = sums.total()
-        parts = self.ranks.gather([stats.tokens, stats.paired])
-        stats.pool(sum(tokens for tokens, _ in parts), all(paired for _, paired in parts), self.ranks.sum_, owner)
+        tokens, paired, lacking = zip(*self.ranks.gather([stats.tokens, stats.paired, stats.lacking]), strict=True)
+        own = stats.tokens
+        stats.expect(sum(tokens), all(paired), max(lacking))
+        stats.pool(self.ranks.sum_, owner, own)
         stats.whole = owner in (None, self.ranks.rank)
         return stats
 
     def _in_order(self, sums: Sums, owner: int | None) -> Stats:
         """All nodes of the tree come to their owner, who adds them up."""
         to = owner or 0
-        described = self.ranks.gather([[*key, node.tokens, node.paired] for key, node in sums.nodes().items()])
+        described = self.ranks.gather(
+            [[*key, node.tokens, node.paired, node.lacking] for key, node in sums.nodes().items()]
+        )
         for source, nodes in enumerate(described):
-            for level, place, tokens, paired in nodes:
+            for level, place, *of in nodes:
                 if self.ranks.rank == to != source:
-                    sums.receive((level, place), tokens, paired)
+                    sums.receive((level, place), *of)
                 if source != to and self.ranks.rank in (source, to):
                     for tensor in sums.nodes()[level, place].tensors():
                         self.ranks.hand_over_(tensor, source, to)
         stats = sums.total()
         stats.whole = self.ranks.rank == to
         if owner is None:
-            stats.tokens, stats.paired = self.ranks.tell([stats.tokens, stats.paired])
+            stats.replace(*self.ranks.tell([stats.tokens, stats.paired, stats.lacking]))
             for tensor in stats.tensors():
                 self.ranks.broadcast_(tensor, to)
             stats.whole = True

@@ -9,7 +9,7 @@ The rest of the model (norm, head) is again its own forward, with the layers doi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,9 +87,13 @@ class Trunk:
         self.runs += batches is None
         return [self.apply(index, number, state) for number, state in zip(numbers, states, strict=True)]
 
+    def call(self, index: int, batch: int, state: torch.Tensor) -> Call:
+        """The arguments with which layer `index` is called on a state that belongs to `batch`."""
+        return _with_hidden(*self._calls[batch][index], state)
+
     def apply(self, index: int, batch: int, state: torch.Tensor) -> torch.Tensor:
         """Layer `index` on one state that belongs to `batch`."""
-        args, kwargs = _with_hidden(*self._calls[batch][index], state)
+        args, kwargs = self.call(index, batch, state)
         version = state._version
         output = self.units[index].module(*args, **kwargs)
         if state._version != version:
@@ -160,8 +164,9 @@ class Trunk:
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Negative log likelihood of every token but the first, sequences x (tokens - 1)."""
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    """Negative log likelihood of every token but the first, sequences x (tokens - 1), at least in float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
 
 
 @contextlib.contextmanager
@@ -181,17 +186,17 @@ def silenced(modules: list[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(module: nn.Module, values: dict[str, torch.Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """While active, the parameters of a module have other values; yields them."""
+    """While active, parameters of a module have other values (or it has parameters that it lacks); yields them."""
     before = dict(module.named_parameters())
     held = {name: nn.Parameter(value.clone(), requires_grad=False) for name, value in values.items()}
     _put(module, held)
     try:
         yield held
     finally:
-        _put(module, {name: before[name] for name in held})
+        _put(module, {name: before.get(name) for name in held})
 
 
-def _put(module: nn.Module, values: dict[str, nn.Parameter]) -> None:
+def _put(module: nn.Module, values: Mapping[str, nn.Parameter | None]) -> None:
     for name, value in values.items():
         owner, _, short = name.rpartition(".")
         module.get_submodule(owner)._parameters[short] = value

@@ -9,7 +9,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
+from llmprune.methods.weight.scored import Scored
 from llmprune.recipe import Recipe, nearest
+from llmprune.scores import SCORES, Score
+from llmprune.statistics import GRADIENTS
 from llmprune.types import UserError
 
 METHODS = {
@@ -33,6 +36,16 @@ METHODS = {
     "replaceme": "llmprune.methods.depth.replaceme:ReplaceMe",
     "linearpatch": "llmprune.methods.depth.linearpatch:LinearPatch",
     "llm-streamline": "llmprune.methods.depth.llm_streamline:LLMStreamline",
+    "group-obs": "llmprune.methods.width.obs:GroupOBS",
+    "group-magnitude": "llmprune.methods.width.magnitude:GroupMagnitude",
+    "wanda-sp": "llmprune.methods.width.wanda_sp:WandaSP",
+    "flap": "llmprune.methods.width.flap:FLAP",
+    "llm-pruner": "llmprune.methods.width.llm_pruner:LLMPruner",
+    "group-fisher": "llmprune.methods.width.group_fisher:GroupFisher",
+    "bonsai": "llmprune.methods.width.bonsai:Bonsai",
+    "minitron": "llmprune.methods.width.minitron:Minitron",
+    "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
     "expert-norm": "llmprune.methods.expert.norm:ExpertNorm",
@@ -52,6 +65,7 @@ class Preset(NamedTuple):
     update: str | None = None
     retarget: float = 0.0
     reconstruct: int = 0
+    allocation: str = "uniform"
     options: Mapping[str, Any] = MappingProxyType({})
     paper: str | None = None
 
@@ -63,6 +77,14 @@ PRESETS = {
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
     "activation": Preset("scored", options={"score": "activation"}),
     "random": Preset("scored", options={"score": "random"}),
+    "fisher": Preset("scored", allocation="global", options={"score": "fisher"}, paper="Optimal Brain Damage (1989)"),
+    "taylor": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:1906.10771"),
+    "snip": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:1810.02340"),
+    "lm": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:2006.12421"),
+    "qm": Preset("scored", allocation="global", options={"score": "quadratic"}, paper="arXiv:2006.12421"),
+    "gblm": Preset("scored", options={"score": "gblm"}, paper="arXiv:2311.04902"),
+    "pruner-zero": Preset("scored", options={"score": "pruner-zero"}, paper="arXiv:2406.02924"),
+    "wanda++": Preset("scored", reconstruct=3, options={"score": "regional"}, paper="arXiv:2503.04992"),
 }
 
 
@@ -71,6 +93,20 @@ def epochs_of(recipe: Recipe) -> int:
     preset = PRESETS.get(recipe.method)
     by_default = preset.reconstruct if preset else 0
     return by_default if recipe.reconstruct is None else recipe.reconstruct
+
+
+def allocation_of(recipe: Recipe) -> str:
+    """How a recipe spreads its amount; an N:M pattern leaves nothing to spread unless it is asked for."""
+    if recipe.allocation is not None:
+        return recipe.allocation
+    preset = PRESETS.get(recipe.method)
+    return preset.allocation if preset and recipe.pattern == "unstructured" else "uniform"
+
+
+def score_of(method: Any) -> Score:
+    """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
+    score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
+    return score if score.needs <= {GRADIENTS} else SCORES["magnitude"]
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -103,24 +139,28 @@ def method_class(name: str) -> Any:
 
 
 def make_method(name: str, options: dict[str, Any], *, seed: int = 0) -> Any:
-    """The method with its options set; raises UserError for an option that it does not have.
+    """The method with its options set; raises UserError for an option that it does not have."""
+    return make_options(method_class(name), options, f"method {name!r}", seed=seed)
 
-    `seed` is what a method that draws at random draws from, unless its options say otherwise.
+
+def make_options(cls: Any, options: dict[str, Any], what: str, *, seed: int = 0) -> Any:
+    """An object of a dataclass whose fields are options, for `what` in words; raises UserError.
+
+    `seed` is what a class that draws at random draws from, unless its options say otherwise.
     """
-    cls = method_class(name)
     known = {field.name: field for field in fields(cls)}
     if "seed" in known:
         options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"method {name!r} has no option {key!r}{nearest(key, list(known))}")
+            raise UserError(f"{what} has no option {key!r}{nearest(key, list(known))}")
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
-            raise UserError(f"option {key}={value!r} of method {name!r} must be a {type(default).__name__}")
+            raise UserError(f"option {key}={value!r} of {what} must be a {type(default).__name__}")
     try:
         return cls(**options)
     except ValueError as error:
-        raise UserError(f"method {name!r}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
 
 
 def _accepted(default: Any) -> tuple[type, ...]:
@@ -144,7 +184,9 @@ def describe() -> list[dict[str, Any]]:
                 "output": method.output,
                 "paper": method.paper if preset.paper is None else preset.paper,
                 "options": options | dict(preset.options),
-                "steps": {key: getattr(preset, key) for key in ("refine", "update", "retarget", "reconstruct")},
+                "steps": {
+                    key: getattr(preset, key) for key in ("refine", "update", "retarget", "reconstruct", "allocation")
+                },
             }
         )
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -68,10 +68,10 @@ class Composed:
         system = stats.scaled(self.damping)
         target_OI, notes = matrix.weight_OI, {}
         if self.retarget and stats.paired:
-            target_OI = retarget(target_OI, stats.drift_II, system, self.retarget)
+            target_OI = retarget(target_OI, stats.pull_OI(target_OI), system, self.retarget)
         elif self.retarget:
             notes["retarget"] = "not possible: its tokens cannot be paired with the dense model's"
-        edit = self.method.solve(Matrix(matrix.name, target_OI), stats, budget)
+        edit = self.method.solve(replace(matrix, weight_OI=target_OI), stats, budget)
         weight_OI, pruned_OI = edit.weight_OI, edit.pruned_OI
         if self.refine:
             pruned_OI = REFINEMENTS[self.refine](target_OI, pruned_OI, system, budget)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
+import torch
+
+from llmprune.arch.roles import Roles
+from llmprune.arch.units import Units
+from llmprune.checkpoint.slicing import Place
 from llmprune.checkpoint.surgery import Surgery
 from llmprune.engine.trunk import Trunk
 from llmprune.types import UserError
 
 TEXT = "text"
+# The scores of units by place, and how many of each place go.
+Spread: TypeAlias = Callable[[dict[Place, torch.Tensor]], dict[Place, int]]
 
 
 @dataclass(frozen=True)
@@ -113,3 +121,38 @@ class ExpertMethod(DepthMethod, Protocol):
     """The same for experts."""
 
     def decide(self, trunk: Trunk, drop: DropExperts) -> Decision: ...  # type: ignore[override]
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """What a width method is asked: the units of the model, and how many of each place go, which `spread` answers.
+
+    `spread` gives the number of units that go, from the scores of all units where `scored` says that it needs them.
+    `check_biases` raises UserError if the class cannot be given biases of these names.
+    """
+
+    roles: Roles
+    units: dict[Place, Units]
+    spread: Spread
+    scored: bool
+    check_biases: Callable[[list[str]], None]
+
+
+@dataclass
+class Narrowed:
+    """What a width method answers: the units that go, new values (full size) of parameters, biases that are new.
+
+    `scores`: of every unit, the lowest go first; `notes` go to the report as they are.
+    """
+
+    removed: dict[Place, list[int]]
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    scores: dict[Place, torch.Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class WidthMethod(DepthMethod, Protocol):
+    """The same for units of width."""
+
+    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed: ...  # type: ignore[override]

@@ -27,7 +27,9 @@ def place(name: str) -> tuple[int, str]:
 
 
 def figures(run: dict[str, Any]) -> dict[str, Any]:
-    """The charts of one run: heat maps of error and zeros, zeros of each layer, tokens of each expert."""
+    """The charts of one run: heat maps of error and zeros, zeros of each layer, tokens of each expert, scores of layers
+    and experts, and how a recovery went.
+    """
     rows = []
     for tensor in run["tensors"]:
         layer, role = place(tensor["name"])
@@ -38,7 +40,7 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
                 "sparsity": tensor["achieved"] / count, "error": tensor["error"], "tokens": tensor["tokens"],
             }
         )  # fmt: skip
-    charts = {"Zeros by layer": _by_layer(rows)}
+    charts: dict[str, Any] = {"Zeros by layer": _by_layer(rows)} if rows else {}
     if any(row["error"] is not None for row in rows):
         charts = {"Error by matrix": _heat(rows, "error", "error (share of output lost)", scheme="viridis"), **charts}
     if len({round(row["sparsity"], 3) for row in rows}) > 1:
@@ -46,51 +48,14 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
     experts = [row for row in rows if row["tokens"] is not None and _EXPERT.search(row["matrix"])]
     if experts:
         charts["Tokens of each expert"] = _expert_load(experts)
+    for number, stage in enumerate(run.get("stages", [run]), 1):
+        if stage.get("structure", {}).get("scores"):
+            title = "Scores of what could go" + (f" (stage {number})" if "stages" in run else "")
+            charts[title] = _scores(stage["structure"]["scores"], stage["recipe"]["method"])
+    for number, recovery in enumerate(run.get("recovery", []), 1):
+        if recovery.get("curve"):
+            charts["Recovery" + (f" {number}" if len(run["recovery"]) > 1 else "")] = _training(recovery)
     return charts
-
-
-def trade_off(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Perplexity against zeros, a point a run, for the first text that several runs were measured on."""
-    points = [
-        {"run": run["name"], "method": run["recipe"]["method"], "text": spec, "ppl": row["ppl"],
-         "zeros": run["totals"]["zeros"] / run["totals"]["params_after"], "params": run["totals"]["params_after"]}
-        for run in runs
-        for spec, row in run.get("evaluation", {}).get("perplexity", {}).items()
-    ]  # fmt: skip
-    for run in runs:
-        baseline = run.get("evaluation", {}).get("baseline", {"perplexity": {}})
-        for spec, row in baseline["perplexity"].items():
-            params = run["totals"]["params_before"]
-            point = {"run": "dense", "method": "dense", "text": spec, "ppl": row["ppl"], "zeros": 0.0, "params": params}
-            if point not in points:
-                points.append(point)
-    specs = [point["text"] for point in points if point["method"] != "dense"]
-    shared = next((spec for spec in specs if specs.count(spec) > 1), None)
-    if shared is None:
-        return {}
-    chosen = [{**point, "front": _on_front(point, points)} for point in points if point["text"] == shared]
-    base = alt.Chart(alt.Data(values=chosen)).encode(
-        x=alt.X("zeros:Q", title="zeros (share of all parameters)", axis=alt.Axis(format="%")),
-        y=alt.Y("ppl:Q", title="perplexity", scale=alt.Scale(zero=False)),
-    )
-    line = base.transform_filter("datum.front").mark_line(color="#888", strokeDash=[4, 3])
-    dots = base.mark_circle(size=120).encode(
-        color=alt.Color("method:N", scale=alt.Scale(scheme="tableau10"), legend=alt.Legend(orient="top")),
-        tooltip=[
-            "run:N",
-            "method:N",
-            alt.Tooltip("ppl:Q", format=".3f"),
-            alt.Tooltip("zeros:Q", format=".1%"),
-            "params:Q",
-        ],
-    )
-    return {"Perplexity against zeros": (line + dots).properties(width="container", height=320)}
-
-
-def _on_front(point: dict[str, Any], points: list[dict[str, Any]]) -> bool:
-    """Whether no other run on the same text has at least as many zeros at a lower perplexity."""
-    others = (one for one in points if one["text"] == point["text"] and one is not point)
-    return not any(one["zeros"] >= point["zeros"] and one["ppl"] < point["ppl"] for one in others)
 
 
 def _heat(rows: list[dict[str, Any]], field: str, title: str, scheme: str) -> alt.Chart:
@@ -159,3 +124,55 @@ def _expert_load(rows: list[dict[str, Any]]) -> alt.Chart:
         )
         .properties(width="container", height=ROW * len({row["layer"] for row in rows}))
     )
+
+
+def _scores(rows: list[dict[str, Any]], method: str) -> alt.Chart:
+    """The score of every layer, or of every part or expert of it, and whether it went."""
+    values = []
+    for row in rows:
+        unit, _, part = row["name"].partition(" ")
+        layer = int(re.findall(r"\d+", unit)[-1])
+        gone = "goes" if row["dropped"] else "stays"
+        values.append(
+            {"layer": layer, "part": part or "layer", "score": row["score"], "what": gone, "saved": row["saved"]}
+        )
+    return (
+        alt.Chart(alt.Data(values=values))
+        .mark_point(filled=True, size=70, opacity=0.9)
+        .encode(
+            x=alt.X("layer:O", title="layer", axis=alt.Axis(labelOverlap=True, labelAngle=0)),
+            y=alt.Y("score:Q", title=f"score ({method})", scale=alt.Scale(zero=False)),
+            color=alt.Color(
+                "what:N",
+                title=None,
+                scale=alt.Scale(domain=["stays", "goes"], range=[BLUE, ORANGE]),
+                legend=alt.Legend(orient="top"),
+            ),
+            shape=alt.Shape("what:N", legend=None),
+            tooltip=["layer:O", "part:N", alt.Tooltip("score:Q", format=".4g"), "what:N", "saved:Q"],
+        )
+        .properties(width="container", height=220)
+    )
+
+
+def _training(recovery: dict[str, Any]) -> alt.LayerChart:
+    """Loss of the training text and perplexity of the held-out text by step; the step that was kept is marked."""
+    best = recovery.get("best_step")
+    values = [{**point, "kept": point["step"] == best} for point in recovery["curve"]]
+    base = alt.Chart(alt.Data(values=values)).encode(x=alt.X("step:Q", title="step"))
+    loss = (
+        base.transform_filter("isValid(datum.loss)")
+        .mark_line(color=BLUE)
+        .encode(y=alt.Y("loss:Q", title="training loss", axis=alt.Axis(titleColor=BLUE), scale=alt.Scale(zero=False)))
+    )
+    held = base.encode(
+        y=alt.Y(
+            "perplexity:Q", title="held-out perplexity", axis=alt.Axis(titleColor=ORANGE), scale=alt.Scale(zero=False)
+        ),
+        tooltip=["step:Q", alt.Tooltip("perplexity:Q", format=".3f"), alt.Tooltip("loss:Q", format=".4f"), "kept:N"],
+    )
+    dots = held.mark_point(filled=True, color=ORANGE).encode(
+        size=alt.Size("kept:N", scale=alt.Scale(domain=[False, True], range=[40, 160]), legend=None)
+    )
+    both = alt.layer(held.mark_line(color=ORANGE), dots)
+    return alt.layer(loss, both).resolve_scale(y="independent").properties(width="container", height=240)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader
 
+from llmprune.report import words
+from llmprune.report.front import costs
+from llmprune.report.searched import budget_sentences, scan_table, sweep_table
+from llmprune.report.tables import FORMATS, short, summary, table
 from llmprune.types import UserError
 
 # A rise of perplexity beyond this factor is called out at the top of the page.
 BUDGET = 1.1
-TABLE_FORMATS = ("md", "tex", "csv")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -31,18 +33,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"name": folder.resolve().name, **run}
 
 
-def write_page(path: Path, runs: list[dict[str, Any]], *, budget: float = BUDGET, figures: bool = True) -> None:
-    """Write one page about `runs` (see `read_run`). Raises UserError if figures are wanted but cannot be drawn.
+def write_page(
+    path: Path,
+    runs: list[dict[str, Any]],
+    searches: Sequence[dict[str, Any]] = (),
+    *,
+    budget: float = BUDGET,
+    figures: bool = True,
+) -> None:
+    """Write one page about `runs` (see `read_run`) and `searches` (see `searched.read_search`).
 
-    `budget`: the perplexity ratio to the dense model beyond which the page warns.
+    `budget`: the perplexity ratio to the dense model beyond which the page warns. Raises UserError if figures are
+    wanted but cannot be drawn.
     """
-    specs, script = _drawn(runs) if figures else ({}, "")
+    specs, script = _drawn(runs, searches) if figures else ({}, "")
     # everything that comes from outside (model names, generated text) is escaped
     pages = Environment(
         loader=PackageLoader("llmprune.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     html = pages.get_template("page.html").render(
+        title=_title(runs, searches),
         runs=[_view(run, budget) for run in runs],
+        searches=[_search_view(found) for found in searches],
         columns=(columns := summary(runs))[0],
         rows=columns[1],
         specs=specs,
@@ -52,9 +64,14 @@ def write_page(path: Path, runs: list[dict[str, Any]], *, budget: float = BUDGET
     path.write_text(html, encoding="utf-8")
 
 
-def write_figures(folder: Path, runs: list[dict[str, Any]], formats: tuple[str, ...] = ("svg", "png")) -> list[Path]:
-    """The figures as files for papers, and the summary as Markdown, LaTeX and CSV; returns what was written."""
-    charts = _charts(runs)
+def write_figures(
+    folder: Path,
+    runs: list[dict[str, Any]],
+    searches: Sequence[dict[str, Any]] = (),
+    formats: tuple[str, ...] = ("svg", "png"),
+) -> list[Path]:
+    """The figures as files for papers, and the tables as Markdown, LaTeX and CSV; returns what was written."""
+    charts = _charts(runs, searches)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for title, chart in charts.items():
@@ -62,83 +79,25 @@ def write_figures(folder: Path, runs: list[dict[str, Any]], formats: tuple[str, 
             target = folder / f"{_slug(title)}.{ending}"
             chart.properties(width=520).save(target, scale_factor=2 if ending == "png" else 1)
             written.append(target)
-    for ending in TABLE_FORMATS:
-        target = folder / f"summary.{ending}"
-        target.write_text(table(*summary(runs), ending), encoding="utf-8")
-        written.append(target)
+    tables = {"summary": summary(runs)} if runs else {}
+    for found in searches:
+        for name, (heads, rows) in (("sweep", sweep_table(found)), ("scan", scan_table(found))):
+            if rows:
+                tables[_slug(f"{found['name']} {name}")] = heads, rows
+    for name, (heads, rows) in tables.items():
+        for ending in FORMATS:
+            target = folder / f"{name}.{ending}"
+            target.write_text(table(heads, rows, ending), encoding="utf-8")
+            written.append(target)
     return written
 
 
-def summary(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The table of all runs: heads, and a row a run with the dense baseline above it where one was measured."""
-    texts = list(dict.fromkeys(spec for run in runs for spec in run.get("evaluation", {}).get("perplexity", {})))
-    metrics = list(
-        dict.fromkeys(
-            (name, metric)
-            for run in runs
-            for name, row in run.get("evaluation", {}).get("tasks", {}).items()
-            for metric in row["stderr"]
-            if isinstance(row.get(metric), float)
-        )
-    )
-    heads = ["model", "method", "amount", "parameters", "zeros"]
-    heads += [f"perplexity, {short(spec)}" for spec in texts] + [f"{name}, {metric}" for name, metric in metrics]
-    rows: list[list[str]] = []
-    for run in runs:
-        measured, recipe, totals = run.get("evaluation", {}), run["recipe"], run["totals"]
-        dense = measured.get("baseline")
-        if dense is not None:
-            label = f"dense {Path(dense['model']).name}"
-            row = [label, "–", "–", f"{totals['params_before']:,}", "–", *_scores(dense, texts, metrics)]
-            if row not in rows:
-                rows.append(row)
-        amount = recipe["pattern"] if recipe["pattern"] != "unstructured" else f"{recipe['sparsity']:g}"
-        zeros = f"{totals['zeros'] / totals['params_after']:.1%}"
-        row = [run["name"], recipe["method"], amount, f"{totals['params_after']:,}", zeros]
-        rows.append(row + _scores(measured, texts, metrics))
-    return heads, rows
-
-
-def table(heads: list[str], rows: list[list[str]], form: str) -> str:
-    """A table as Markdown (`md`), LaTeX with booktabs (`tex`) or CSV (`csv`)."""
-    if form == "csv":
-        target = io.StringIO()
-        csv.writer(target, lineterminator="\n").writerows([heads, *rows])
-        return target.getvalue()
-    if form == "md":
-        cells = [heads, ["---"] * len(heads), *rows]
-        return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in cells)
-    body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in rows]
-    head = " & ".join(_latex(cell) for cell in heads) + r" \\"
-    aligned = "l" * 3 + "r" * (len(heads) - 3)
-    lines = [
-        rf"\begin{{tabular}}{{{aligned}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def short(spec: str) -> str:
-    """A text SPEC without folders."""
-    kind, colon, rest = spec.partition(":")
-    return Path(rest).name if kind == "file" and colon else spec
-
-
-def _scores(measured: dict[str, Any], texts: list[str], metrics: list[tuple[str, str]]) -> list[str]:
-    cells = []
-    for spec in texts:
-        row = measured.get("perplexity", {}).get(spec)
-        cells.append("–" if row is None else f"{row['ppl']:.3f}")
-    for name, metric in metrics:
-        row = measured.get("tasks", {}).get(name)
-        error = None if row is None else row["stderr"].get(metric)
-        cells.append("–" if row is None else f"{row[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
-    return cells
+def _title(runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]]) -> str:
+    if len(runs) == 1 and not searches:
+        return f"{runs[0]['name']}: pruned by {words.methods(runs[0])}"
+    if not runs:
+        return f"How much {Path(searches[0]['model']).name} can lose"
+    return f"{len(runs)} pruned model{'s' if len(runs) > 1 else ''}"
 
 
 def _view(run: dict[str, Any], budget: float) -> dict[str, Any]:
@@ -151,7 +110,18 @@ def _view(run: dict[str, Any], budget: float) -> dict[str, Any]:
         for number, row in enumerate(evaluation.get("generation", []))
     ]
     warnings = [*run.get("warnings", []), *_quality(run, evaluation, budget)]
-    return {**run, "recipe_text": yaml.safe_dump(run["recipe"], sort_keys=False), "worst": worst or 1.0,
+    stages = [
+        {
+            "method": stage["recipe"]["method"],
+            "amount": words.amount(stage["recipe"]),
+            "params": stage["totals"]["params_after"],
+            "zeros": stage["totals"]["zeros"],
+            "seconds": stage["run"]["seconds"],
+        }
+        for stage in run.get("stages", [])
+    ]
+    seconds = sum(stage["run"]["seconds"] for stage in run.get("stages", [run]))
+    return {**run, "steps": stages, "seconds": seconds, "method": words.methods(run), "recipe_text": yaml.safe_dump(run["recipe"], sort_keys=False), "worst": worst or 1.0,
             "all_warnings": warnings, "samples": samples, "evaluation": evaluation}  # fmt: skip
 
 
@@ -171,19 +141,57 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
     return found
 
 
-def _charts(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _search_view(found: dict[str, Any]) -> dict[str, Any]:
+    """A search with its tables and sentences."""
+    calibration, windows = found["recipe"]["calibration"], found["dense"]["protocol"]
+    return {
+        **found,
+        "base": Path(found["model"]).name,
+        "sentences": budget_sentences(found),
+        "tables": {"Models": sweep_table(found), "Each layer alone": scan_table(found)},
+        "protocol": f"Perplexity on {found['asked']['perplexity']}: {windows['windows']} windows of {windows['seqlen']} "
+        f"tokens, {windows['dtype']}. Calibrated on {calibration['samples']} sequences of {calibration['seqlen']} "
+        f"tokens of {calibration['source']}, seed {found['recipe']['seed']}.",
+    }
+
+
+def run_points(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Perplexity and costs of each run, and of the dense model, on the first text that several were measured on."""
+    texts = [spec for run in runs for spec in run.get("evaluation", {}).get("perplexity", {})]
+    shared = next((spec for spec in texts if texts.count(spec) > 1), None)
+    if shared is None:
+        return []
+    points = []
+    for run in runs:
+        measured, totals = run.get("evaluation", {}), run["totals"]
+        dense = measured.get("baseline", {}).get("perplexity", {}).get(shared)
+        if dense is not None:
+            whole = {"params_before": totals["params_before"], "params_after": totals["params_before"], "zeros": 0}
+            points.append({"label": "dense", "method": "dense", "ppl": dense["ppl"], "zeros": 0,
+                           "params": totals["params_before"], **costs(whole)})  # fmt: skip
+        if shared in measured.get("perplexity", {}):
+            points.append({"label": run["name"], "method": words.methods(run),
+                           "ppl": measured["perplexity"][shared]["ppl"], "zeros": totals["zeros"],
+                           "params": totals["params_after"], **costs(totals)})  # fmt: skip
+    return [point for number, point in enumerate(points) if point not in points[:number]]
+
+
+def _charts(runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     try:
-        from llmprune.report.figures import figures, trade_off
+        from llmprune.report.figures import figures
+        from llmprune.report.fronts import search_figures, trade_offs
     except ImportError as error:
         raise UserError(f"figures need the package {error.name}: pip install 'llmprune[report]'") from error
-    charts = trade_off(runs)
+    charts = trade_offs(run_points(runs))
+    for found in searches:
+        charts.update({f"{found['name']}: {title}": chart for title, chart in search_figures(found).items()})
     for run in runs:
         charts.update({f"{run['name']}: {title}": chart for title, chart in figures(run).items()})
     return charts
 
 
-def _drawn(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    charts = _charts(runs)
+def _drawn(runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    charts = _charts(runs, searches)
     import vl_convert
 
     return {title: chart.to_dict() for title, chart in charts.items()}, vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
@@ -191,8 +199,3 @@ def _drawn(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
 
 def _slug(title: str) -> str:
     return "".join(one if one.isalnum() else "-" for one in title.lower()).strip("-").replace("--", "-")
-
-
-def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
-    return "".join(special.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)

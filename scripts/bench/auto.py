@@ -1,7 +1,7 @@
 """How much of SparseGPT's loss `auto` wins back, and in what time.
 
 Closed share of the gap: (SparseGPT - method) / (SparseGPT - dense) in perplexity on the evaluation text, which no
-choice in the method was made on. Runs of one seed follow each other, SparseGPT first; times are of whole runs.
+choice in the method was made on; choices are made with `--held-out`, on the last 15 % of the calibration text. Runs of one seed follow each other, SparseGPT first; times are of whole runs.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ METHODS = ("sparsegpt", "auto-fast", "auto")
 AMOUNTS = {key: quality.AMOUNTS[key] for key in ("50 %", "2:4", "70 %")}
 
 
-def one(model: Path, text: str, method: str, amount: dict[str, Any], samples: int, seed: int) -> tuple[float, float]:
+def one(
+    model: Path, text: quality.Text, method: str, amount: dict[str, Any], samples: int, seed: int
+) -> tuple[float, float]:
     """Perplexity of the pruned model, and the seconds of the run."""
     with tempfile.TemporaryDirectory() as folder:
         result = llmprune.prune(
             model,
             out=Path(folder) / "out",
             method=method,
-            calibration=f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+            calibration=text.calibration,
             samples=samples,
             seqlen=256,
             seed=seed,
             **amount,
         )
-        return quality.perplexity(Path(folder) / "out", text)["ppl"], result.report["run"]["seconds"]
+        return quality.perplexity(Path(folder) / "out", text.evaluation)["ppl"], result.report["run"]["seconds"]
 
 
 def main() -> None:
@@ -43,19 +45,26 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="the first is what the others are held to")
+    parser.add_argument("--amounts", nargs="*", default=list(AMOUNTS))
+    parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="where the parts of the calibration text go")
+    parser.add_argument("--name", default="auto", help="of the record under benchmarks/")
     arguments = parser.parse_args()
     rows, kept = [], []
     for name in arguments.models:
-        model, text = record.SHARED / "models" / name, quality.MODELS[name]
-        dense = quality.perplexity(model, text)["ppl"]
-        for label, amount in AMOUNTS.items():
+        model, text = record.SHARED / "models" / name, quality.text_of(name, arguments.held_out)
+        dense = quality.perplexity(model, text.evaluation)["ppl"]
+        for label in arguments.amounts:
             runs = [
-                {method: one(model, text, method, amount, arguments.samples, seed) for method in METHODS}
+                {
+                    method: one(model, text, method, AMOUNTS[label], arguments.samples, seed)
+                    for method in arguments.methods
+                }
                 for seed in arguments.seeds
             ]
             kept.append({"model": name, "amount": label, "dense": dense, "runs": runs})
-            for method in METHODS:
-                reference = [run["sparsegpt"] for run in runs]
+            for method in arguments.methods:
+                reference = [run[arguments.methods[0]] for run in runs]
                 closed = [
                     (base - run[method][0]) / (base - dense) for run, (base, _) in zip(runs, reference, strict=True)
                 ]
@@ -75,10 +84,13 @@ def main() -> None:
     note = (
         f"\nCalibration: {arguments.samples} x 256 tokens of the model's calibration text, seeds {arguments.seeds}"
         f"{' (mean ± sd)' if len(arguments.seeds) > 1 else ''}. Evaluation: at most {quality.WINDOWS} windows of 256 "
-        "tokens of its evaluation text, float32. Time × is that of our own SparseGPT in the same run of this script.\n"
+        f"tokens of {'the last 15 % of that text, which are left out of it' if arguments.held_out else 'its evaluation text'}, "
+        f"float32. Time × is that of our own {arguments.methods[0]} in the same run of this script.\n"
     )
     table = record.table(["model", "amount", "method", "perplexity", "gap closed", "time", "time ×"], rows)
-    record.save("auto", {"environment": record.environment(), "protocol": note.strip(), "results": kept}, table + note)
+    record.save(
+        arguments.name, {"environment": record.environment(), "protocol": note.strip(), "results": kept}, table + note
+    )
 
 
 def _spread(values: list[float], form: str) -> str:

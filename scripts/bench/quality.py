@@ -1,7 +1,8 @@
 """Perplexity of weight methods on the small real models: model x method x amount.
 
 Calibration: 64 sequences of 256 tokens of the text that belongs to each model, seed 0. Evaluation:
-windows of 256 tokens laid end to end over the model's evaluation text, float32.
+windows of 256 tokens laid end to end over the model's evaluation text, float32. With `--held-out` the last 15 % of the
+calibration text are evaluated on and the rest calibrates: the text on which choices are made.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import record
 
@@ -31,10 +32,31 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "70 %": {"sparsity": 0.7},
 }
 WINDOWS = 120
+HELD_OUT = 0.15
 
 
-def perplexity(model: Path, text: str) -> dict[str, Any]:
-    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
+class Text(NamedTuple):
+    """SPECs of the text to calibrate with and of the text to evaluate on."""
+
+    calibration: str
+    evaluation: str
+
+
+def text_of(model: str, held_out: Path | None = None) -> Text:
+    """The two texts of a model; with a folder for the parts, both from its calibration text."""
+    name = MODELS[model]
+    whole, other = (record.SHARED / "data" / f"{name}-{use}.txt" for use in ("calibration", "eval"))
+    if held_out is None:
+        return Text(f"file:{whole}", f"file:{other}")
+    lines = whole.read_text().splitlines(keepends=True)
+    first = len(lines) - round(HELD_OUT * len(lines))
+    parts = [held_out / f"{name}-{use}.txt" for use in ("rest", "held-out")]
+    for part, its_lines in zip(parts, (lines[:first], lines[first:]), strict=True):
+        part.write_text("".join(its_lines))
+    return Text(*(f"file:{part}" for part in parts))
+
+
+def perplexity(model: Path, spec: str) -> dict[str, Any]:
     measured: dict[str, Any] = llmprune.evaluate(
         model, perplexity=spec, seqlen=256, max_windows=WINDOWS, dtype="float32"
     )["perplexity"][spec]
@@ -53,12 +75,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--schedule", default="auto")
+    parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="where the parts of the calibration text go")
     parser.add_argument("--name", default="quality", help="of the record under benchmarks/")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for name in arguments.models:
-        model, text = record.SHARED / "models" / name, MODELS[name]
-        results[name] = {"text": text, "dense": perplexity(model, text)}
+        model, text = record.SHARED / "models" / name, text_of(name, arguments.held_out)
+        results[name] = {"text": text, "dense": perplexity(model, text.evaluation)}
         for method in arguments.methods:
             for label, amount in AMOUNTS.items():
                 results[name][f"{method} {label}"] = one(model, text, method, amount, arguments.schedule)
@@ -82,21 +105,21 @@ def main() -> None:
     record.save(arguments.name, save, record.table(["model", "method", *AMOUNTS], rows) + note)
 
 
-def one(model: Path, text: str, method: str, amount: dict[str, Any], schedule: str) -> dict[str, Any]:
+def one(model: Path, text: Text, method: str, amount: dict[str, Any], schedule: str) -> dict[str, Any]:
     ignore = misfit(model, amount)
     with tempfile.TemporaryDirectory() as folder:
         result = llmprune.prune(
             model,
             out=Path(folder) / "out",
             method=method,
-            calibration=f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+            calibration=text.calibration,
             samples=64,
             seqlen=256,
             schedule=schedule,
             ignore=ignore,
             **amount,
         )
-        measured = perplexity(Path(folder) / "out", text)
+        measured = perplexity(Path(folder) / "out", text.evaluation)
     return {**measured, "seconds": result.report["run"]["seconds"], "left_dense": ignore}
 
 

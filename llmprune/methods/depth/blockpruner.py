@@ -8,7 +8,7 @@ from typing import ClassVar
 from llmprune.arch.sublayers import HALVES
 from llmprune.engine.search import check_halves, greedy
 from llmprune.engine.trunk import Trunk
-from llmprune.methods.halves import NOTE, remove_parts
+from llmprune.methods.halves import remove_parts
 from llmprune.methods.structural import TEXT, Decision, Drop
 
 
@@ -35,6 +35,5 @@ class BlockPruner:
             "loss_dense": found.dense,
             "removed_in_order": found.removed,
             "loss_after_each": found.losses,
-            "halves": NOTE,
         }
         return Decision(remove_parts(trunk, found.removed), dict(found.first), {}, notes)

@@ -9,7 +9,7 @@ from llmprune.arch.sublayers import ATTENTION, HALVES, MLP
 from llmprune.engine.search import Part, check_halves, run_without
 from llmprune.engine.similarity import distance
 from llmprune.engine.trunk import Trunk
-from llmprune.methods.halves import NOTE, remove_parts
+from llmprune.methods.halves import remove_parts
 from llmprune.methods.structural import TEXT, Decision, Drop
 
 
@@ -51,4 +51,4 @@ class LLMDrop:
         asked = {part: one for part, one in scores.items() if self.half in (part[1], "joint")}
         count = 2 * drop.count if self.half == "joint" else drop.count
         removed = sorted(asked, key=lambda part: (asked[part], part))[:count]
-        return Decision(remove_parts(trunk, removed), dict(scores), {}, {"removed": removed, "halves": NOTE})
+        return Decision(remove_parts(trunk, removed), dict(scores), {}, {"removed": removed})

@@ -20,8 +20,8 @@ class ShortenedLlama:
     Methods", section 3.2.
 
     `score`: "ppl" is the perplexity of the model without the layer (one layer and the activations of all variants
-    in memory); "taylor" the sum of |w g| over its matrices, where g is the gradient of the loss ("Taylor+"; needs
-    the whole model and its gradients: twice its size). `protect_first`, `protect_last`: layers that always stay;
+    in memory); "taylor" the sum of |w g| over its matrices, where g is the gradient of the loss ("Taylor+"; one
+    layer with its gradients, and what enters every layer). `protect_first`, `protect_last`: layers that always stay;
     the paper's + variants keep the first four and the last two.
     """
 
@@ -36,7 +36,7 @@ class ShortenedLlama:
     paper: ClassVar[str] = "arXiv:2402.02834"
     takes_list: ClassVar[bool] = False
     memory: ClassVar[str] = (
-        "score=ppl: one layer, activations of all variants; score=taylor: the model and its gradients"
+        "score=ppl: one layer, activations of all variants; score=taylor: one layer, its gradients, all layers' inputs"
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from llmprune.arch.discover import expert_blocks
 from llmprune.checkpoint.surgery import Surgery
-from llmprune.engine.experts import Routed, each_routing
+from llmprune.engine.experts import each_routing
+from llmprune.engine.routing import Routed
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import TEXT, Decision, DropExperts
 

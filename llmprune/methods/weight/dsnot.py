@@ -26,7 +26,6 @@ class Dsnot:
     seed: int = 0
 
     kind: ClassVar[str] = "weight"
-    needs: ClassVar[frozenset[str]] = frozenset({MOMENTS})
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "N:M")
     output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2310.08915"
@@ -35,6 +34,10 @@ class Dsnot:
         Scored(self.score)  # raises ValueError for an unknown score
         if self.cycles < 0 or self.threshold < 0:
             raise ValueError(f"cycles {self.cycles} and threshold {self.threshold} must not be negative")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self._start.needs | {MOMENTS}
 
     @property
     def _start(self) -> Scored:

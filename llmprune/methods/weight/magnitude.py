@@ -27,5 +27,5 @@ class Magnitude:
         return budget.pruned_of(outputs * inputs)
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
-        pruned_OI = masks.select(scores.magnitude(matrix.weight_OI), budget, by="matrix")
+        pruned_OI = masks.select(scores.magnitude(matrix), budget, by="matrix")
         return Edit(matrix.weight_OI.masked_fill(pruned_OI, 0), pruned_OI)

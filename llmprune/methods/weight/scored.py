@@ -49,7 +49,7 @@ class Scored:
 
     def select(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> torch.Tensor:
         """What to prune, as bool O x I."""
-        score_OI = self._score.of(matrix.weight_OI, stats, f"{self.seed}/{matrix.name}")
+        score_OI = self._score.of(matrix, stats, self.seed)
         return masks.select(score_OI, budget, by=self._by)
 
     @property

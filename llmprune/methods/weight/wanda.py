@@ -28,5 +28,5 @@ class Wanda:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
-        pruned_OI = masks.select(scores.wanda(matrix.weight_OI, stats), budget, by="row")
+        pruned_OI = masks.select(scores.wanda(matrix, stats), budget, by="row")
         return Edit(matrix.weight_OI.masked_fill(pruned_OI, 0), pruned_OI)

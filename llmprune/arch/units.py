@@ -1,0 +1,179 @@
+"""What can be taken out of a model's width: units, and the slices of parameters that go together with each.
+
+The one place that knows how heads and channels lie in the parameters. How many slices a unit has in a parameter
+depends on the layout alone, so all of them are index tables; cutting, counting and scoring only read those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmprune.arch.roles import Attention, LayerRoles, Mlp, Roles, Weight
+
+KV_GROUP = "kv-group"  # a key-value head with all query heads that read it
+QUERY_HEAD = "query-head"  # a query head alone; every kv group keeps as many
+CHANNEL = "channel"  # an inner feature of an MLP
+EXPERT_CHANNEL = "expert-channel"  # the same of one expert; every expert keeps as many
+RESIDUAL = "residual"  # a dimension of the hidden state, in the whole model at once
+
+
+@dataclass(frozen=True)
+class Member:
+    """The slices of a parameter along an axis that belong to each unit: U units x N slices.
+
+    In the stacked matrices of experts the index counts within the matrix of the unit's own expert. `norm`: the gain
+    of a norm whose mean runs over the axis.
+    """
+
+    parameter: str
+    axis: int
+    index_UN: torch.Tensor
+    norm: bool = False
+
+
+@dataclass(frozen=True)
+class Units:
+    """The `count` units of one kind in a layer (or, with `layer` None, in the model).
+
+    Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads,
+    experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
+    `cost`: parameters that go with one unit.
+    """
+
+    kind: str
+    layer: int | None
+    count: int
+    strata: int
+    members: tuple[Member, ...]
+    cost: int
+    writer: Weight | None = None
+    columns_UN: torch.Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Units in a stratum."""
+        return self.count // self.strata
+
+    def first(self, count: int) -> list[int]:
+        """`count` units, the first ones of each stratum."""
+        each = count // self.strata
+        return [run * self.size + unit for run in range(self.strata) for unit in range(each)]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the strata are experts, each with a matrix of its own."""
+        return self.kind == EXPERT_CHANNEL
+
+
+def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
+    """All units of some kinds, layer by layer; kinds that a layer does not have are passed over."""
+    shapes = {name: one.shape for name, one in roles.model.named_parameters()}
+    found: list[Units] = []
+    for index, layer in enumerate(roles.layers):
+        for kind in kinds:
+            found.extend(_of_layer(kind, index, layer, shapes))
+    return [*found, _residual(roles, shapes)] if RESIDUAL in kinds else found
+
+
+def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
+    if kind in (KV_GROUP, QUERY_HEAD):
+        yield _heads(kind, index, layer.attention, shapes)
+    elif kind == CHANNEL and layer.mlp is not None:
+        yield _channels(kind, index, layer.mlp, shapes)
+    elif kind == EXPERT_CHANNEL and layer.experts is not None:
+        yield _channels(kind, index, layer.experts, shapes)
+
+
+def _heads(kind: str, index: int, one: Attention, shapes: dict[str, torch.Size]) -> Units:
+    """Query head q reads kv head floor(q / r), r = heads / groups."""
+    wide, ratio = one.head_dim, one.heads // one.groups
+    whole = kind == KV_GROUP
+    count = one.groups if whole else one.heads
+    queries_UN = _runs(count, one.heads * wide // count)
+    keys_UN = _runs(one.groups, wide)
+    members: list[Member] = []
+    if one.fused is None:
+        assert one.query and one.key and one.value
+        members += _rows(one.query, queries_UN)
+        members += [*_rows(one.key, keys_UN), *_rows(one.value, keys_UN)] if whole else []
+    elif one.order == "stacked":
+        members += _rows(one.fused, queries_UN)
+        for start in (one.heads, one.heads + one.groups) if whole else ():
+            members += _rows(one.fused, start * wide + keys_UN)
+    elif whole:
+        members += _rows(one.fused, _runs(one.groups, (ratio + 2) * wide))
+    else:
+        # the key and the value of the groups before
+        before_U = 2 * wide * (torch.arange(one.heads) // ratio)
+        members += _rows(one.fused, queries_UN + before_U[:, None])
+    for norm, index_UN in ((one.query_norm, queries_UN), (one.key_norm, keys_UN if whole else None)):
+        # a norm of each head by itself has one gain for all of them, and stays
+        if norm is not None and index_UN is not None and shapes[norm].numel() != wide:
+            members.append(Member(norm, 0, index_UN, norm=True))
+    members.append(Member(one.output.name, one.output.input_axis, queries_UN))
+    strata = 1 if whole else one.groups
+    return _units(kind, index, count, strata, members, shapes, one.output, queries_UN)
+
+
+def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) -> Units:
+    rows_UN = torch.arange(one.channels)[:, None].repeat(one.experts, 1)
+    members: list[Member] = []
+    for matrix in (one.gate, one.up):
+        members += _rows(matrix, rows_UN) if matrix else []
+    if one.gate_up:
+        members += _rows(one.gate_up, torch.cat([rows_UN, one.channels + rows_UN], 1))
+    members.append(Member(one.down.name, one.down.input_axis, rows_UN))
+    return _units(kind, index, len(rows_UN), one.experts, members, shapes, one.down, rows_UN)
+
+
+def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Units:
+    """Column i of all that reads the hidden state, row i of all that writes to it, and gain i of every norm."""
+    index_UN = torch.arange(roles.hidden)[:, None]
+    members = [Member(name, 1, index_UN) for name in roles.embeddings]
+    members += [Member(roles.head, 1, index_UN)] if roles.head else []
+    norms = [*roles.final_norm]
+    for layer in roles.layers:
+        attention = layer.attention
+        blocks = [one for one in (layer.mlp, layer.experts, layer.shared) if one is not None]
+        readers = [attention.query, attention.key, attention.value, attention.fused]
+        readers += [matrix for one in blocks for matrix in (one.gate, one.up, one.gate_up)]
+        members += [Member(one.name, one.input_axis, index_UN) for one in readers if one is not None]
+        members += [Member(layer.router, 1, index_UN)] if layer.router else []
+        for writer in (attention.output, *(one.down for one in blocks)):
+            members += _rows(writer, index_UN)
+        norms += layer.norms
+    members += [Member(name, 0, index_UN, norm=True) for name in norms]
+    return _units(RESIDUAL, None, roles.hidden, 1, members, shapes)
+
+
+def _units(
+    kind: str,
+    layer: int | None,
+    count: int,
+    strata: int,
+    members: list[Member],
+    shapes: dict[str, torch.Size],
+    writer: Weight | None = None,
+    columns_UN: torch.Tensor | None = None,
+) -> Units:
+    alone = strata if kind == EXPERT_CHANNEL else 1  # a unit has slices in the matrix of its own expert only
+    cost = sum(
+        one.index_UN.shape[1] * math.prod(shapes[one.parameter]) // shapes[one.parameter][one.axis] // alone
+        for one in members
+    )
+    return Units(kind, layer, count, strata, tuple(members), cost, writer, columns_UN)
+
+
+def _rows(weight: Weight, index_UN: torch.Tensor) -> list[Member]:
+    """Outputs of a matrix, and of its bias."""
+    bias = [Member(weight.bias, 0, index_UN)] if weight.bias else []
+    return [Member(weight.name, weight.output_axis, index_UN), *bias]
+
+
+def _runs(count: int, size: int) -> torch.Tensor:
+    """`count` runs of `size` consecutive numbers from 0."""
+    return torch.arange(count * size).view(count, size)

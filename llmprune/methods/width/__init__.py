@@ -1,0 +1,1 @@
+"""Methods that take out heads and channels."""

@@ -1,0 +1,236 @@
+"""The way through the layers that the width methods share: measure a half, choose its units, make up for them, go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from llmprune.arch.roles import Weight
+from llmprune.arch.units import KV_GROUP, QUERY_HEAD
+from llmprune.checkpoint.slicing import Place, Slicing
+from llmprune.engine.dense import Inputs
+from llmprune.engine.trunk import States, Trunk, holding
+from llmprune.engine.widths import Evidence, evidences, measure, record
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.solvers.groups import damped, eliminate, fold, mean_fold
+from llmprune.solvers.retarget import retarget
+from llmprune.statistics import DRIFT, GRAM, MOMENTS
+
+# The scores of the units of some evidence: those with the lowest go.
+Score: TypeAlias = Callable[[Evidence], torch.Tensor]
+HEADS = (KV_GROUP, QUERY_HEAD)
+COMPENSATIONS = ("none", "bias", "least-squares")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How units are chosen and made up for.
+
+    `score`: of the units; None: OBS chooses them one after another. `compensate`: what the writing matrix does for what
+    it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
+    the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
+    puts out in the dense model. `kinds`: statistics that `score` reads.
+    """
+
+    score: Score | None
+    compensate: str = "none"
+    pruned: bool = True
+    damping: float = 0.01
+    aim: float = 0.0
+    kinds: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.compensate not in COMPENSATIONS:
+            raise ValueError(f"compensate {self.compensate!r} is none of {', '.join(COMPENSATIONS)}")
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The statistics that are needed."""
+        least_squares = self.score is None or self.compensate == "least-squares"
+        extra = {GRAM: least_squares, DRIFT: self.aim > 0, MOMENTS: self.compensate == "bias"}
+        return self.kinds | {kind for kind, wanted in extra.items() if wanted}
+
+
+def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
+    """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
+    if way.compensate == "bias":
+        writers = _writers(asked, list(asked.units))
+        asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
+    counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
+    found = Narrowed({place: [] for place in asked.units})
+    states = trunk.enter() if way.reads else []
+    dense: States = list(states) if way.aim else []
+    for index, places in _by_layer(trunk, asked):
+        with trunk.loaded(index):
+            inputs: list[Inputs] | None = None
+            if dense:
+                plain = [one for one in places if not asked.units[one].stacked]
+                inputs, dense = record(trunk, index, dense, _writers(asked, plain))
+            after = trunk.run(index, states) if states and not way.pruned else None
+            layer = _Layer(trunk, index, asked, way, states, inputs)
+            with holding(trunk.units[index].module, layer.starting_values(places)) as held:
+                for half in _halves(places):
+                    layer.narrow(half, counts, held, found)
+                if states:
+                    states = trunk.run(index, states) if after is None else after
+    return found
+
+
+def scores_of(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, torch.Tensor]:
+    """The score of every unit in the dense model, in one pass."""
+    scores: dict[Place, torch.Tensor] = {}
+    kinds = way.reads - {DRIFT}
+    states = trunk.enter() if kinds else []
+    for index, places in _by_layer(trunk, asked):
+        unit = trunk.units[index]
+        with trunk.loaded(index):
+            values = {unit.prefix + name: one for name, one in unit.module.named_parameters()}
+            stats = measure(trunk, index, states, _writers(asked, places), kinds) if kinds and places else {}
+            for place in places:
+                some = evidences(asked.units[place], stats, values)
+                scores[place] = torch.cat([_choose(one, one.count - one.strata, way)[1].cpu() for one in some])
+            states = trunk.run(index, states) if states else []
+    return scores
+
+
+@dataclass
+class _Layer:
+    """One layer on its way to fewer units."""
+
+    trunk: Trunk
+    index: int
+    asked: Narrow
+    way: Way
+    states: States
+    inputs: list[Inputs] | None
+
+    @property
+    def prefix(self) -> str:
+        return self.trunk.units[self.index].prefix
+
+    def starting_values(self, places: list[Place]) -> dict[str, torch.Tensor]:
+        """Every parameter that may change, by its name in the layer; biases that are new are zeros."""
+        module = self.trunk.units[self.index].module
+        units = [self.asked.units[place] for place in places]
+        names = {member.parameter.removeprefix(self.prefix) for one in units for member in one.members}
+        values = {name: module.get_parameter(name).data for name in names}
+        if self.way.compensate == "bias":
+            for writer in _writers(self.asked, places):
+                name = bias_name(writer.name).removeprefix(self.prefix)
+                old = module.get_parameter(name).data if writer.bias else None
+                values[name] = (
+                    values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
+                )
+        return values
+
+    def narrow(
+        self, half: list[Place], counts: Mapping[Place, int], held: Mapping[str, torch.Tensor], found: Narrowed
+    ) -> None:
+        """Choose the units of `half` that go, and change the values that are `held` in the layer."""
+        kinds, stacked = self.way.reads, self.asked.units[half[0]].stacked
+        beside = None if stacked else self.inputs
+        if beside is None:
+            kinds -= {DRIFT}
+        writers = _writers(self.asked, half)
+        stats = measure(self.trunk, self.index, self.states, writers, kinds, beside) if kinds else {}
+        values = {self.prefix + name: one.data for name, one in held.items()}
+        for place in half:
+            units, scores = self.asked.units[place], []
+            each = counts[place] // (units.strata if units.stacked else 1)
+            for evidence in evidences(units, stats, values):
+                gone, score_U = _choose(evidence, each, self.way)
+                found.removed[place] += [evidence.first + unit for unit in gone]
+                scores.append(score_U.cpu())
+                self._make_up(evidence, gone, values, found)
+            found.scores[place] = torch.cat(scores)
+            shapes = {member.parameter: values[member.parameter].shape for member in units.members}
+            slicing = Slicing([units], shapes, {place: found.removed[place]}, ragged=True)
+            for name in shapes:
+                values[name].copy_(slicing.zeroed(name, values[name]))
+            if self.way.compensate == "least-squares":
+                assert units.writer is not None
+                found.values[units.writer.name] = values[units.writer.name].cpu().clone()
+
+    def _make_up(
+        self, evidence: Evidence, gone: list[int], values: Mapping[str, torch.Tensor], found: Narrowed
+    ) -> None:
+        """New values for the writing matrix, or its bias, in place."""
+        stats, writer, way = evidence.stats, evidence.units.writer, self.way
+        assert writer is not None
+        gone_I = torch.zeros(evidence.writer_OI.shape[1], dtype=torch.bool, device=evidence.writer_OI.device)
+        gone_I[evidence.columns_UN[gone]] = True
+        if stats is None or way.compensate == "none" or not (gone or way.aim):
+            return
+        if way.compensate == "bias":
+            name = bias_name(writer.name)
+            values[name].add_(mean_fold(evidence.writer_OI, stats.mean_I, gone_I))
+            (found.values if writer.bias else found.biases)[name] = values[name].cpu().clone()
+            return
+        weight_OI = evidence.writer_OI
+        if way.aim and not evidence.units.stacked and stats.paired:
+            weight_OI = retarget(weight_OI, stats.drift_II, stats.scaled(way.damping), way.aim)
+        new_OI = fold(weight_OI, damped(stats.gram_II, way.damping), gone_I)
+        stored = values[writer.name]
+        if evidence.units.stacked:
+            stored[evidence.first // evidence.units.size].copy_(new_OI)
+        else:
+            stored.copy_(new_OI if writer.output_axis == 0 else new_OI.T)
+
+
+def lowest(score_U: torch.Tensor, count: int, strata: int = 1) -> list[int]:
+    """The units with the lowest scores, as many from each of `strata` runs, ties to the lowest number."""
+    runs_SU = score_U.double().view(strata, -1)
+    order_SU = runs_SU.argsort(dim=1, stable=True)[:, : count // strata]
+    return (order_SU + torch.arange(strata, device=order_SU.device)[:, None] * runs_SU.shape[1]).flatten().tolist()
+
+
+def given(scores: Mapping[Place, torch.Tensor]) -> Score:
+    """Scores that are known beforehand."""
+
+    def score(evidence: Evidence) -> torch.Tensor:
+        units = evidence.units
+        return scores[(units.layer, units.kind)][evidence.first : evidence.first + evidence.count]
+
+    return score
+
+
+def bias_name(weight: str) -> str:
+    """The name of the bias that belongs to a matrix."""
+    return f"{weight.removesuffix('weight')}bias"
+
+
+def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
+    """The units that go, and the scores of all."""
+    if evidence.stats is None and way.reads:
+        # no token came by: what is left to go by is the size of the weights
+        score_U = torch.stack([rows.square().sum((1, 2)) for rows in evidence.weights()]).sum(0)
+        return lowest(score_U, count, evidence.strata), score_U
+    if way.score is not None:
+        score_U = way.score(evidence)
+        return lowest(score_U, count, evidence.strata), score_U
+    assert evidence.stats is not None
+    system_II = damped(evidence.stats.gram_II, way.damping)
+    trace = eliminate(evidence.writer_OI, system_II, evidence.columns_UN, count, evidence.strata)
+    score_U = torch.full((evidence.count,), float("inf"), dtype=torch.float64)
+    score_U[trace.order] = torch.tensor(trace.losses, dtype=torch.float64).cummax(0).values
+    return trace.order, score_U.nan_to_num(posinf=max(trace.losses, default=0.0))
+
+
+def _by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
+    for index in range(trunk.depth):
+        yield index, [place for place in asked.units if place[0] == index]
+
+
+def _halves(places: list[Place]) -> Iterator[list[Place]]:
+    """Places that write through the same matrix, in the order of the forward pass."""
+    heads = [place for place in places if place[1] in HEADS]
+    for half in (heads, [place for place in places if place not in heads]):
+        if half:
+            yield half
+
+
+def _writers(asked: Narrow, places: list[Place]) -> list[Weight]:
+    return [one for place in places if (one := asked.units[place].writer) is not None]

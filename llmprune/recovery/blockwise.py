@@ -1,0 +1,209 @@
+"""Layer by layer towards the dense parent: no gradient through the model, one layer in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmprune.arch.discover import Unit, find_units
+from llmprune.calibration import check_vocabulary
+from llmprune.checkpoint.output import Output
+from llmprune.checkpoint.skeleton import build_skeleton, load_config
+from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
+from llmprune.checkpoint.verify import verify
+from llmprune.device import choose_device, choose_dtype
+from llmprune.engine import schedule
+from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.share import Share
+from llmprune.engine.suspend import Call
+from llmprune.job import load_tokenizer, longest, versions
+from llmprune.kernels.product import FastLinear
+from llmprune.memory import PeakMemory
+from llmprune.methods import make_options
+from llmprune.progress import Reporter
+from llmprune.recovery.data import Sequences, read_corpus
+from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
+from llmprune.recovery.recipe import Recovery
+from llmprune.result import Result
+from llmprune.statistics import Stats
+from llmprune.types import UserError
+from llmprune.weights import REST, Streamed
+
+
+@dataclass
+class Options:
+    """`samples`: sequences of the text that are used, drawn by the seed. `epochs`: times that a layer sees them."""
+
+    samples: int = 128
+    epochs: int = 5
+
+
+class Blockwise:
+    """A checked recipe with its text and both models' checkpoints. Creating one reads, but writes nothing.
+
+    Every decoder layer of the pruned model, on the inputs that it really gets, is fitted to what the dense model's layer
+    puts out for the same text: matrices, biases and norms, the zeros of matrices apart (see `engine.reconstruct`).
+    """
+
+    def __init__(self, recipe: Recovery, out: Path) -> None:
+        self.recipe, self.started = recipe, time.perf_counter()
+        self.options: Options = make_options(Options, recipe.options, "kind 'blockwise'", seed=recipe.seed)
+        self.folder = resolve(recipe.model)
+        self.history = read_history(self.folder)
+        self.checkpoint = Checkpoint(self.folder)
+        self.parent = Checkpoint(resolve(recipe.distill.teacher or parent_of(self.history)))
+        trust = recipe.trust_remote_code
+        self.config = load_config(str(self.folder), trust_remote_code=trust)
+        self.device = choose_device(recipe.device)
+        self.dtype = choose_dtype("auto", self.config, self.device)
+        self.model = build_skeleton(self.config, self.dtype, trust_remote_code=trust)
+        self.units = find_units(self.model, head=False)
+        self._check_parent()
+        tokenizer = load_tokenizer(self.folder, trust)
+        corpus = read_corpus(recipe.data, tokenizer, min(recipe.data.seqlen, longest(self.config)))
+        order = torch.randperm(len(corpus.train), generator=torch.Generator().manual_seed(recipe.seed))
+        self.text: Sequences = corpus.train.rows(order[: self.options.samples].tolist())
+        check_vocabulary(
+            f"the text {recipe.data.source!r}", int(self.text.ids_NT.max()), self.model.get_input_embeddings()
+        )
+        self.output = Output(out, self._fingerprint())
+
+    def run(self, memory: PeakMemory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Result:
+        """Fit every layer, write, and describe what was done."""
+        output, trust = self.output, self.recipe.trust_remote_code
+        if resume and output.is_finished():
+            reporter.say(f"{output.folder} is already finished")
+            return Result(read_history(output.folder), output.folder, trust)
+        output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        output.open(resume=resume)
+        try:
+            weights = self._weights(output)
+            if REST not in weights.done():
+                weights.commit_rest()
+            work = _Refit(self.units, weights, self.options.epochs, self.recipe.seed, reporter)
+            size = self.recipe.training.micro_batch
+            batches = [{"input_ids": one.to(self.device)} for one in self.text.ids_NT.split(size)]
+            with torch.no_grad(), weights.on_demand(), FastLinear():
+                schedule.run(self.model, self.units, Share.alone(batches), "layer", work)
+            self._finish(weights, memory)
+        finally:
+            output.close()
+        return Result(read_history(output.folder), output.folder, trust)
+
+    def _check_parent(self) -> None:
+        """Whether both models differ in nothing but the values inside their layers; raises UserError."""
+        where = self.parent.folder
+        other = "choose finetune, distill or an adapter for such a model"
+        if where.resolve() == self.folder.resolve():
+            raise UserError(f"{self.folder} is the dense model itself; name the folder of a pruned one")
+        shapes = [{key: entry.shape for key, entry in one.entries.items()} for one in (self.checkpoint, self.parent)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"the tensors of {self.folder} and {where} differ in name or shape; {other}")
+        routing = self._weights(None).routing
+        inside = {key for unit in self.units for key in routing.keys_under(unit.prefix)}
+        for key in self.checkpoint.entries:
+            if key not in inside and not torch.equal(self.checkpoint.tensor(key), self.parent.tensor(key)):
+                raise UserError(f"{key} of {self.folder}, outside the layers, is not that of {where}; {other}")
+
+    def _weights(self, output: Output | None) -> Streamed:
+        return Streamed(self.model, self.checkpoint, output, self.units, self.dtype, self.device, parent=self.parent)
+
+    def _fingerprint(self) -> str:
+        decides = {
+            "recipe": self.recipe.model_dump(exclude={"model"}),
+            "model": self.checkpoint.fingerprint(),
+            "parent": self.parent.fingerprint(),
+            "text": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+            "versions": versions(),
+            "device": self.device.type,
+        }
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _finish(self, weights: Streamed, memory: PeakMemory) -> None:
+        recipe = self.recipe
+        entry = {
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": versions(),
+            "data": {
+                "source": recipe.data.source,
+                "hash": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+                "sequences": len(self.text),
+                "seqlen": self.text.ids_NT.shape[1],
+            },
+            "teacher": str(self.parent.folder),
+            "fits": [{"name": unit.name, **weights.records[unit.name]["fit"]} for unit in self.units],
+        }
+
+        def describe(folder: Path) -> dict[str, Any]:
+            verified = verify(folder, None, weights.unused, trust_remote_code=recipe.trust_remote_code)
+            run = run_record(memory, self.started, self.device)
+            return {**with_recovery(self.history, {**entry, "run": run}, None), "verified": verified}
+
+        self.output.finish(lambda folder: copy_companions(self.folder, folder, code=recipe.trust_remote_code), describe)
+
+
+class _Refit:
+    """What the engine calls back when every layer is fitted and none is pruned (see `engine.schedule.Work`)."""
+
+    kinds: frozenset[str] = frozenset()
+    all_experts = False
+    reconstructs = True
+
+    def __init__(self, units: list[Unit], weights: Streamed, epochs: int, seed: int, reporter: Reporter) -> None:
+        self._weights, self._epochs, self._seed, self._reporter = weights, epochs, seed, reporter
+        self._open = {unit.name for unit in units} - weights.done()
+        self._fit: dict[str, float] = {}
+
+    def enter(self, unit: Unit) -> None:
+        self._weights.load(unit)
+
+    def enter_dense(self, unit: Unit) -> None:
+        self._weights.load(unit, dense=True)
+
+    def wanted(self, unit: Unit) -> set[str]:
+        return set()
+
+    def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
+        raise AssertionError("nothing is pruned here")
+
+    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+        if unit.name not in self._open:
+            return False
+        parameters = dict(unit.module.named_parameters())
+        matrices = {spec.parameter.removeprefix(unit.prefix) for spec in unit.matrices}
+        # a zero elsewhere, as in a bias, is a value like any other
+        kept = {name: (one != 0) | (name not in matrices) for name, one in parameters.items()}
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
+        found, before, after = reconstruct(
+            unit.module,
+            parameters,
+            kept,
+            storage,
+            calls,
+            targets,
+            epochs=self._epochs,
+            seed=self._seed,
+            share=Share.alone(calls),
+        )
+        for name, one in parameters.items():
+            one.copy_(found[name])
+        self._fit = {"before": before, "after": after}
+        self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
+        return True
+
+    def finish(self, unit: Unit) -> None:
+        if unit.name in self._open:
+            self._weights.commit(unit, {"fit": self._fit})
+            self._open.discard(unit.name)
+
+    def leave(self, unit: Unit) -> None:
+        self._weights.free(unit)
+
+    def complete(self) -> bool:
+        return not self._open

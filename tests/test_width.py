@@ -1,0 +1,188 @@
+"""Width pruning from recipe to checkpoint: what is written loads plainly and is the model that was decided on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runner
+import tiny
+import torch
+from families import MORE
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import llmprune
+from llmprune.methods import METHODS, method_class
+from llmprune.types import UserError
+
+TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
+NAMES = [name for name in METHODS if method_class(name).kind == "width"]
+OPTIONS: dict[str, Any] = {"bonsai": {"masks": 6}}
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, config in MORE.items():
+        monkeypatch.setitem(tiny.TINY, name, config)
+
+
+def prune(model: Any, method: str, **settings: Any) -> llmprune.Result:
+    options = {**OPTIONS.get(method, {}), **settings.pop("options", {})}
+    return llmprune.prune(model, method=method, calibration=TEXT, options=options, **settings)
+
+
+def load(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=tiny.tokens(2, 12), use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_every_method_writes_a_plain_smaller_model(method: str, tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    settings: dict[str, Any] = {"ratio": 0.3, "engine": {"batch_size": 2}}
+    if method == "flap":  # the class that stands in for this number of heads takes no biases
+        settings["width"] = {"units": ["channel"]}
+    report = prune(source, method, out=tmp_path / "out", **settings).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    small = load(tmp_path / "out")
+    count = sum(one.numel() for one in small.parameters())
+    layers = sum(one.numel() for one in tiny.build("llama").model.layers.parameters())
+    assert count == report["totals"]["params_after"] <= report["totals"]["params_before"] - 0.3 * layers
+    # the model in memory ends as the same model
+    resident = prune(tiny.build("llama"), method, **settings)
+    assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
+
+
+FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt2", "opt", "gpt-neox", "falcon-new", "glm", "phi"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mixtral", "qwen3-moe", "starcoder2"])
+def test_every_layout_from_checkpoint_to_checkpoint(name: str, tmp_path: Path) -> None:
+    source = tiny.save(name, tmp_path / "dense", shards=True)
+    report = prune(source, "group-obs", out=tmp_path / "out", ratio=0.2).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    assert report["totals"]["params_after"] == sum(one.numel() for one in load(tmp_path / "out").parameters())
+    assert report["totals"]["params_after"] < report["totals"]["params_before"]
+    assert not report["totals"]["zeros"]
+
+
+def test_reload_in_a_fresh_process_and_generation(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    prune(source, "group-obs", out=tmp_path / "out", ratio=0.3)
+    small = load(tmp_path / "out")
+    assert small.config.model_type == "mistral"
+    ids = tiny.tokens(1, 10)
+    code = (
+        "import torch; from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}).eval()\n"
+        f"ids = torch.tensor({ids.tolist()})\n"
+        "print([m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=c)"
+        ".tolist() for c in (True, False)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    cached, plain = json.loads(done.stdout.strip().splitlines()[-1])
+    here = small.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert cached == plain == here.tolist()
+
+
+def test_flap_with_biases(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    settings: dict[str, Any] = {"width": {"units": ["channel"]}, "ratio": 0.2}
+    report = prune(source, "flap", out=tmp_path / "out", **settings).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    small = load(tmp_path / "out")
+    assert (small.config.model_type, small.config.mlp_bias) == ("llama", True)
+    assert float(small.model.layers[0].mlp.down_proj.bias.detach().abs().max()) > 0
+    assert not small.model.layers[0].mlp.up_proj.bias.detach().any()
+    with pytest.raises(UserError, match="set compensate=least-squares"):
+        prune(tiny.build("qwen3"), "flap", ratio=0.2)
+
+
+@pytest.mark.parametrize("allocation", ["rising", "pooled"])
+def test_layers_of_unequal_width_are_padded(allocation: str, tmp_path: Path) -> None:
+    source = tiny.save("qwen2", tmp_path / "dense")
+    result = prune(source, "group-obs", out=tmp_path / "out", ratio=0.3, allocation=allocation)
+    report = result.report
+    assert report["verified"].startswith("reloaded; logits equal")
+    removed = report["totals"]["params_before"] - report["totals"]["params_after"] + report["totals"]["zeros"]
+    layers = sum(one.numel() for one in tiny.build("qwen2").model.layers.parameters())
+    assert removed >= 0.3 * layers and report["totals"]["zeros"] > 0
+    assert "stay as zeros" in report["warnings"][-1]
+    assert sum(int((one == 0).sum()) for one in result.model.parameters()) >= report["totals"]["zeros"]
+
+
+def test_protected_layers_keep_their_width(tmp_path: Path) -> None:
+    source = tiny.save("qwen2", tmp_path / "dense")
+    width = {"protect_first": 1, "protect_last": 1}
+    report = prune(source, "wanda-sp", out=tmp_path / "out", ratio=0.1, width=width).report
+    kept = {row["name"]: len(row["kept"]) for row in report["structure"]["units"]}
+    assert kept["model.layers.0 channel"] == kept["model.layers.2 channel"] == 48 > kept["model.layers.1 channel"]
+
+
+def test_a_final_number_of_parameters(tmp_path: Path) -> None:
+    source = tiny.save("qwen2", tmp_path / "dense")
+    done = runner.cli(
+        *("prune", source, "--out", tmp_path / "out", "--method", "group-magnitude", "--params", "30e3"),
+        *("--set", "width.round_to=1", "--json", "--quiet"),
+    )
+    assert done.code == 0, done.err
+    after = json.loads(done.out)["totals"]["params_after"]
+    # one channel of every layer more would be too much
+    assert 30_000 - 3 * 96 < after <= 30_000
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("bloom", "group-magnitude", {"ratio": 0.2}, "no plain class holds a BloomForCausalLM"),
+        ("mamba", "group-magnitude", {"ratio": 0.2}, "'mamba' model are heads and channels is not known"),
+        ("llama", "group-magnitude", {"ratio": 1.2}, "must lie between 0 and 1"),
+        ("llama", "group-magnitude", {"params": 1e9}, "must lie between 0 and"),
+        ("llama", "group-magnitude", {"ratio": 0.97}, "cannot go"),
+        ("llama", "group-magnitude", {}, "say how much"),
+        ("llama", "group-magnitude", {"ratio": 0.2, "sparsity": 0.5}, "sparsity has no meaning"),
+        ("llama", "wanda", {"ratio": 0.2}, "ratio is no amount"),
+        ("llama", "shortgpt", {"ratio": 0.2}, "ratio has no meaning"),
+        ("llama", "group-magnitude", {"ratio": 0.2, "allocation": "owl"}, "does not spread heads"),
+        ("llama", "group-magnitude", {"ratio": 0.2, "width": {"units": ["head"]}}, "unknown unit 'head'"),
+        ("llama", "group-magnitude", {"ratio": 0.2, "width": {"protect_first": 3}}, "all of the 3 layers"),
+        ("mixtral", "group-fisher", {"ratio": 0.2}, "fused experts"),
+    ]
+    for name, method, settings, message in cases:
+        source = tiny.save(name, tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            llmprune.prune(source, out=tmp_path / "out", method=method, calibration=TEXT, **settings)
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_units_that_a_class_cannot_lose_are_zeros_on_request(tmp_path: Path) -> None:
+    source = tiny.save("bloom", tmp_path / "dense")
+    report = prune(source, "group-obs", out=tmp_path / "out", ratio=0.2, width={"units": ["channel"]}).report
+    assert report["totals"]["params_after"] == report["totals"]["params_before"]
+    assert report["totals"]["zeros"] > 0 and report["verified"].startswith("reloaded; logits equal")
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    source = tiny.save("qwen3", tmp_path / "dense")
+    prune(source, "group-obs", out=tmp_path / "whole", ratio=0.3)
+    again = prune(source, "group-obs", out=tmp_path / "again", ratio=0.3)
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert whole == (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again.report["recipe"]["ratio"] == 0.3
+
+
+def test_default_config_of_llama_is_kept_where_the_heads_divide(tmp_path: Path) -> None:
+    config = LlamaConfig(**{**tiny.MODERN, **tiny.SPECIAL, "num_attention_heads": 4, "num_key_value_heads": 4})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    result = prune(model, "group-obs", ratio=0.4)
+    assert result.model is model and model.config.num_attention_heads == 2
+    assert model.config.model_type == "llama"
