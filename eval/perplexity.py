@@ -17,7 +17,7 @@ from llmprune.checkpoint.skeleton import load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
 from llmprune.job import load_tokenizer, longest
-from llmprune.memory import free
+from llmprune.memory import unused
 from llmprune.sparse import load
 from llmprune.types import UserError
 
@@ -151,7 +151,7 @@ def fitting(models: Sequence[PreTrainedModel], windows: Windows, asked: int | Li
     if asked == "auto":
         device = models[0].device
         words: int = max(one.get_output_embeddings().weight.shape[0] for one in models)
-        return max(1, min(MOST_WINDOWS, free(device) // 2 // (len(models) * 3 * 4 * windows.ids_WT.shape[1] * words)))
+        return max(1, min(MOST_WINDOWS, unused(device) // 2 // (len(models) * 3 * 4 * windows.ids_WT.shape[1] * words)))
     if asked < 1:
         raise UserError(f"batch_size {asked} must be at least 1, or auto")
     return asked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llmprune.kernels import dispatch
@@ -28,13 +30,33 @@ class Moments:
             count = rows_TI.shape[0]
             if count == 0:
                 continue
-            square_sums_I, mean_I, deviation_I = dispatch.run("column_moments", rows_TI)
-            self.square_sums_I += square_sums_I
-            total = self.tokens + count
-            gap_I = mean_I - self.mean_I
-            self.mean_I += gap_I * (count / total)
-            self._deviation_I += deviation_I + gap_I.square() * (self.tokens * count / total)
-            self.tokens = total
+            self._add(count, *dispatch.run("column_moments", rows_TI))
+
+    def merge(self, later: Moments) -> None:
+        """Add the moments of further tokens."""
+        if later.tokens:
+            self._add(later.tokens, later.square_sums_I, later.mean_I, later._deviation_I)
+
+    def pool(self, own: int, tokens: int, sum_: Callable[[torch.Tensor], None]) -> None:
+        """Make these, of `own` tokens, the moments of `tokens` in all processes; `sum_` adds a tensor up over them."""
+        own_I = self.mean_I
+        self.mean_I = own_I * (own / max(tokens, 1))
+        sum_(self.mean_I)
+        self._deviation_I += (own_I - self.mean_I).square() * own
+        sum_(self._deviation_I)
+        sum_(self.square_sums_I)
+        self.tokens = tokens
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.square_sums_I, self.mean_I, self._deviation_I]
+
+    def _add(self, count: int, square_sums_I: torch.Tensor, mean_I: torch.Tensor, deviation_I: torch.Tensor) -> None:
+        self.square_sums_I += square_sums_I
+        total = self.tokens + count
+        gap_I = mean_I - self.mean_I
+        self.mean_I += gap_I * (count / total)
+        self._deviation_I += deviation_I + gap_I.square() * (self.tokens * count / total)
+        self.tokens = total
 
     @property
     def variance_I(self) -> torch.Tensor:

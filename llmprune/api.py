@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmprune import stages
+from llmprune import ranks, stages
 from llmprune.progress import Reporter
 from llmprune.recipe import load_recipe
 from llmprune.result import Result
@@ -56,6 +56,8 @@ def prune(
     `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest; for depth and expert
     methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction).
 
+    Started by `torchrun`, the processes share the work: each must make this call alike.
+
     Returns the report and the model. Raises UserError for wrong input, before anything is written,
     and RunError when the run fails; what is finished then lies in `OUT.partial` for `resume=True`.
     """
@@ -66,18 +68,19 @@ def prune(
         chosen["model"] = str(model)
         if out is None and not dry_run:
             raise UserError("say where the pruned model goes: out=FOLDER")
-    ready = load_recipe(Path(recipe) if recipe else None, chosen)
-    return stages.run(
-        ready,
-        None if isinstance(model, str | Path) else model,
-        tokenizer,
-        calibration,
-        None if out is None else Path(out),
-        resume=resume,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        reporter=reporter or Reporter(quiet=True),
-    )
+    with ranks.current().together():
+        ready = load_recipe(Path(recipe) if recipe else None, chosen)
+        return stages.run(
+            ready,
+            None if isinstance(model, str | Path) else model,
+            tokenizer,
+            calibration,
+            None if out is None else Path(out),
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            reporter=reporter or Reporter(quiet=True),
+        )
 
 
 def recover(

@@ -113,7 +113,7 @@ def _read_file(rest: str) -> tuple[Iterable[Any], str, object]:
             library = _datasets("parquet files")
             return library.load_dataset("parquet", data_files=str(path), split="train"), field, path
         return [path.read_text(encoding="utf-8")], field, path
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
 
 

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from llmprune import ranks
 from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
 from llmprune.commands.bench import bench
 from llmprune.commands.check import check
@@ -119,10 +120,12 @@ def prune(
     }
     given.update(read_settings(settings or [], NO_SETTINGS))
     model = model or _model_of(recipe)
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or not ranks.leads())
     result = api.prune(
         model, out=out, recipe=recipe, resume=resume, overwrite=overwrite, dry_run=dry_run, reporter=reporter, **given
     )
+    if not ranks.leads():
+        return
     if as_json:
         print(json.dumps(result.report))
     elif dry_run:
@@ -188,6 +191,8 @@ def _model_of(recipe: Path | None) -> str:
 
 
 def _show_plan(report: dict[str, Any]) -> None:
+    from llmprune.forecast import Forecast
+
     totals = report["totals"]
     if "structure" in report:
         structure = report["structure"]
@@ -203,6 +208,8 @@ def _show_plan(report: dict[str, Any]) -> None:
         f"{len(report['tensors'])} matrices, {totals['zeros']:,} of {totals['weights']:,} weights would become zero; "
         f"{len(report['left_alone'])} others are left alone"
     )
+    if report["forecast"] is not None:
+        print(Forecast(**report["forecast"]))
 
 
 def _show_result(report: dict[str, Any], out: Path | None) -> None:
@@ -236,7 +243,8 @@ def _widths(structure: dict[str, Any]) -> str:
 
 
 def _fail(code: int, text: str) -> NoReturn:
-    errors.print(f"error: {text}", markup=False, style="red", soft_wrap=True)
+    if ranks.current().speaks:
+        errors.print(f"error: {text}", markup=False, style="red", soft_wrap=True)
     sys.exit(code)
 
 
@@ -253,6 +261,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    if ranks.launched() and sys.argv[1:] and sys.argv[1] != "prune":
+        _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
     hint = HINTS.get("".join(sys.argv[1:2]), "")
     try:
         app()
@@ -261,4 +271,5 @@ def main() -> None:
     except RunError as error:
         _fail(1, f"{error}{hint}")
     except _Interrupted:
-        _fail(1, f"interrupted{hint}")
+        others = "; if it was not you, another process of the run has ended" if ranks.launched() else ""
+        _fail(1, f"interrupted{others}{hint}")

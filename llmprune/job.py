@@ -21,13 +21,16 @@ from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.layer_lists import refuse_shared_layers
-from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.remote import add_code, trusted
+from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine.gradient_store import Gradients
+from llmprune.engine.share import Share
+from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
+from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement
@@ -36,6 +39,7 @@ from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
+from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.result import Result
 from llmprune.statistics import OF_WEIGHTS, TURNED
@@ -49,7 +53,7 @@ class Job:
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self.ranks = recipe, current()
         self._kernels: dict[str, Any] = {}
         self.method: Any = method_of(recipe)
         self._check_amount()
@@ -69,14 +73,17 @@ class Job:
         self.plan = self._make_plan()
         reads = bool(self.method.needs) or entry(allocation_of(recipe)).measures
         self.tokens = self._read_tokens() if reads else None
-        self.output = None if out is None else Output(Path(out), self.fingerprint())
+        self.share = self._shared()
+        self.forecast: Forecast | None = None
+        self.notes: list[str] = []  # what the user should know of how the run went
+        self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
 
     def _check_amount(self) -> None:
         """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
         if self.method.kind != "weight":
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
-        self._epochs = epochs_of(self.recipe)
+        self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
 
     def _make_plan(self) -> Plan:
@@ -109,8 +116,8 @@ class Job:
 
         def measure(kinds: frozenset[str], look: Callable[[int, Measured], None]) -> None:
             everywhere = self.recipe.calibration.all_experts
-            with self._prepared(weights):
-                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self._batches())
+            with self.prepared(weights):
+                Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self.share)
 
         return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
 
@@ -137,21 +144,18 @@ class Job:
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         weights = self._weights(writing=True)
-        gradients = self._gradients if self.method.needs & OF_WEIGHTS else None
-        pruning = Pruning(self.plan, self.recipe, self.method, weights, reporter, self._epochs, gradients)
-        done = weights.done()
+        done = weights.done() - {REST, ENGINE}
         if done:
-            reporter.say(f"resuming: {len(done - {REST})} of {len(self.plan.units)} layers are done")
+            reporter.say(f"resuming: {len(done)} of {len(self.plan.units)} layers are done")
+        settle(self, weights, reporter, started, resumed=bool(done))
         known = sum(s.count for u in self.plan.units if u.name in done for s in u.matrices)
         reporter.start(sum(spec.count for spec in self.plan.specs()), known)
         try:
-            with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
-                if isinstance(weights, Streamed) and REST not in done:
+            with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
+                if isinstance(weights, Streamed) and REST not in weights.done():
                     weights.commit_rest()
-                if not self.method.needs:
-                    pruning.run_without_data()
-                else:
-                    pruning.run_on(self.model, self._batches())
+                while not finished(self, self._pruning(weights, reporter), weights):
+                    halve_batches(self, weights, reporter)
         finally:
             reporter.stop()
         if self.output is None:
@@ -179,9 +183,19 @@ class Job:
             "left_alone": self.plan.left_alone,
             "calibration": self._describe_calibration(),
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
+            "forecast": as_record(look_ahead(self, self._weights(writing=False))),
         }
 
     # Parts of a run.
+
+    def _pruning(self, weights: Streamed | Resident, reporter: Reporter) -> Pruning:
+        gradients = self._gradients if self.method.needs & OF_WEIGHTS else None
+        return Pruning(self.plan, self.recipe, self.method, weights, reporter, self.share, self.epochs, gradients)
+
+    def use_engine(self, **settings: Any) -> None:
+        """Run with another schedule or batch size than the recipe says."""
+        self.recipe = self.recipe.model_copy(update={"engine": self.recipe.engine.model_copy(update=settings)})
+        self.share = self._shared()
 
     @cached_property
     def _gradients(self) -> Gradients:
@@ -189,7 +203,7 @@ class Job:
         assert self.tokens is not None
         weights = self._weights(writing=False)
         batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
-        with torch.no_grad(), self._prepared(weights):
+        with torch.no_grad(), self.prepared(weights):
             (kind,) = self.method.needs & OF_WEIGHTS
             return Gradients(self.model, self.plan.units, batches, weights, self.plan.specs(), kind)
 
@@ -200,7 +214,7 @@ class Job:
         return Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
 
     @contextlib.contextmanager
-    def _prepared(self, weights: Streamed | Resident) -> Iterator[None]:
+    def prepared(self, weights: Streamed | Resident) -> Iterator[None]:
         """The model as calibration needs it; a model of the caller's gets its settings back."""
         if isinstance(weights, Streamed):
             with weights.on_demand(), FastLinear():
@@ -249,9 +263,10 @@ class Job:
         calibration.check_vocabulary("the calibration data", largest, self.model.get_input_embeddings())
         return tokens
 
-    def _batches(self) -> list[dict[str, Any]]:
-        assert self.tokens is not None
-        return [{"input_ids": one.to(self.device)} for one in self.tokens.batches(self.recipe.engine.batch_size)]
+    def _shared(self) -> Share:
+        engine = self.recipe.engine
+        batches = self.tokens.batches(engine.batch_size) if self.tokens is not None else []
+        return Share.of(batches, self.device, self.ranks, ordered=engine.reduce == "ordered")
 
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
@@ -334,6 +349,9 @@ class Job:
                 "seconds": round(time.perf_counter() - started, 3),
                 "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
                 "kernels": self._kernels,
+                "forecast": as_record(self.forecast),
+                "notes": self.notes,
+                "processes": self.ranks.count,
                 "threads": torch.get_num_threads(),
                 "processor": platform.machine(),
             },

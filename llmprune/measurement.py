@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from llmprune.allocation import Measured
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
+from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.plan import Plan
 from llmprune.statistics import Stats
@@ -41,8 +41,8 @@ class Measurement:
         }
         self._left = {unit.name for unit in plan.chosen_units()}
 
-    def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
-        schedule.run(model, self._units, batches, "layer", self)
+    def run_on(self, model: nn.Module, share: Share) -> None:
+        schedule.run(model, self._units, dataclasses.replace(share, everywhere=True), "layer", self)
 
     def enter(self, unit: Unit) -> None:
         self._weights.load(unit)

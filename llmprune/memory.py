@@ -60,14 +60,20 @@ def current() -> tuple[int, int]:
     return peak, peak
 
 
-def free(device: torch.device) -> int:
-    """Bytes that can still be taken on a device; on CPU without /proc, 1 GiB, which is a guess on the safe side."""
+def unused(device: torch.device) -> int:
+    """Memory of a device that can still be taken, in bytes; on CPU without swapping, or half of all without /proc."""
     if device.type != "cpu":
         return int(torch.accelerator.get_memory_info(device)[0])
     if not _MEMORY.exists():
-        return 2**30
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     fields = dict(line.split(":", 1) for line in _MEMORY.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def within_reach(device: torch.device) -> int:
+    """Memory of a device that a run can have, in bytes: what is unused there, and what this process holds already."""
+    held = current()[0] if device.type == "cpu" else torch.accelerator.memory_reserved(device)
+    return unused(device) + held
 
 
 def give_back() -> None:
@@ -85,10 +91,43 @@ def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def available() -> int:
-    """Memory that can be taken without swapping, in bytes."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+class Meter:
+    """How much memory of a device is in use, and the most since the last reset, in bytes.
+
+    On the CPU that is what this process allocated (see `PeakMemory.anonymous`), sampled every 2 ms; on an accelerator,
+    what torch handed out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._watch: PeakMemory | None = None
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        if self._device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self._device)
+            return
+        self.close()
+        give_back()
+        self._watch = PeakMemory(interval_s=0.002)
+        self._watch.__enter__()
+
+    def now(self) -> int:
+        return current()[0] if self._device.type == "cpu" else torch.accelerator.memory_allocated(self._device)
+
+    def peak(self) -> int:
+        if self._device.type != "cpu":
+            return torch.accelerator.max_memory_allocated(self._device)
+        assert self._watch is not None
+        self._watch._sample()
+        return self._watch.anonymous
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.__exit__()
+            self._watch = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
 from llmprune.engine.gradient_store import Gradients
 from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy
 from llmprune.memory import give_back
@@ -28,6 +28,12 @@ from llmprune.weights import Weights, read_matrix, stored_matrix
 UNUSED = "no calibration token passed through it"
 
 
+def schedule_of(recipe: Recipe, kinds: frozenset[str], epochs: int) -> str:
+    """The schedule that a recipe asks for, or the one that goes with its method."""
+    by_default = "module" if DRIFT in kinds or epochs > 0 else "layer"
+    return by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
+
+
 class Pruning:
     """One run over a model: the engine calls it at every unit (see `engine.schedule.Work`)."""
 
@@ -38,6 +44,7 @@ class Pruning:
         method: Method,
         weights: Weights,
         reporter: Reporter,
+        share: Share,
         epochs: int = 0,
         gradients: Gradients | None = None,
     ) -> None:
@@ -48,10 +55,9 @@ class Pruning:
         self.reconstructs = epochs > 0
         self._epochs = epochs
         self._fits: dict[str, float] | None = None
-        by_default = "module" if DRIFT in self.kinds or self.reconstructs else "layer"
-        self.schedule = by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
+        self.schedule = schedule_of(recipe, self.kinds, epochs)
         self._plan, self._recipe, self._method = plan, recipe, method
-        self._weights, self._reporter = weights, reporter
+        self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}
         self._wanted = {
             unit.name: {spec.name for spec in unit.matrices if spec.name in plan.budgets} for unit in plan.units
@@ -64,9 +70,9 @@ class Pruning:
         self._left_alone: dict[str, str] = {}
         self._transposed: dict[str, bool] = {}
 
-    def run_on(self, model: nn.Module, batches: list[dict[str, Any]]) -> None:
-        """Prune with calibration: drive `batches` through the model by the recipe's schedule."""
-        schedule.run(model, self._plan.units, batches, self.schedule, self)
+    def run_on(self, model: nn.Module) -> None:
+        """Prune with calibration: drive the batches through the model by the recipe's schedule."""
+        schedule.run(model, self._plan.units, self._share, self.schedule, self)
 
     def run_without_data(self) -> None:
         """Prune unit by unit, for a method that needs no statistics."""
@@ -97,11 +103,13 @@ class Pruning:
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         # solvers make many small calls, which the modes that watch the forward would slow down
         with torch._C.DisableTorchFunction():
-            for spec in self._open(unit):
-                if spec.name in stats:
-                    spec = self._settle_layout(spec, transposed[spec.name])
-                    # taken out, so that the last matrix that shares these statistics frees them
-                    self._prune(unit, spec, stats.pop(spec.name))
+            specs = [self._settle_layout(one, transposed[one.name]) for one in self._open(unit) if one.name in stats]
+            for spec in specs:
+                # taken out, so that the last matrix that shares these statistics frees them
+                one = stats.pop(spec.name)
+                if one.whole:
+                    self._prune(unit, spec, one)
+            self._exchange(unit, specs)
 
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
@@ -114,7 +122,15 @@ class Pruning:
         kept = {name: one != 0 for name, one in parameters.items()}
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
         found, before, after = reconstruct(
-            unit.module, parameters, kept, storage, calls, targets, epochs=self._epochs, seed=self._recipe.seed
+            unit.module,
+            parameters,
+            kept,
+            storage,
+            calls,
+            targets,
+            epochs=self._epochs,
+            seed=self._recipe.seed,
+            share=self._share,
         )
         for name, one in parameters.items():
             one.copy_(found[name])
@@ -127,7 +143,8 @@ class Pruning:
             return
         for spec in self._open(unit):
             self._unreached(unit, spec)
-        rows = [dataclasses.asdict(one) for one in self._outcomes]
+        order = {spec.name: place for place, spec in enumerate(unit.matrices)}
+        rows = [dataclasses.asdict(one) for one in sorted(self._outcomes, key=lambda one: order[one.name])]
         record = {"tensors": rows, "seconds": self._seconds, "left_alone": self._left_alone, "fit": self._fits}
         self._weights.commit(unit, record)
         self._outcomes, self._seconds, self._left_alone, self._fits = [], {}, {}, None
@@ -179,6 +196,7 @@ class Pruning:
 
     def _prune(self, unit: Unit, spec: MatrixSpec, stats: Stats | None) -> None:
         started = time.perf_counter()
+        give_back()  # what the forward, or the matrix before, has freed
         budget = self._plan.budgets[spec.name]
         unseen = stats is None and bool(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
@@ -215,10 +233,27 @@ class Pruning:
             tokens=stats.tokens if stats else 0 if unseen else None,
             notes=edit.notes,
         )
-        self._wanted[unit.name].discard(spec.name)
+        self._note(unit, outcome, round(time.perf_counter() - started, 4))
+
+    def _exchange(self, unit: Unit, specs: list[MatrixSpec]) -> None:
+        """Bring in those of the matrices that other processes have solved."""
+        ranks, names = self._share.ranks, {spec.name for spec in specs}
+        mine = [(dataclasses.asdict(one), self._seconds[one.name]) for one in self._outcomes if one.name in names]
+        solved = {row["name"]: (rank, row, s) for rank, rows in enumerate(ranks.gather(mine)) for row, s in rows}
+        for spec in specs:
+            rank, row, seconds = solved[spec.name]
+            stored = stored_matrix(unit, spec)
+            sent = stored.contiguous()
+            ranks.broadcast_(sent, rank)
+            if rank != ranks.rank:
+                stored.copy_(sent)
+                self._note(unit, Outcome(**row), seconds)
+
+    def _note(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
+        self._wanted[unit.name].discard(outcome.name)
         self._outcomes.append(outcome)
-        self._seconds[spec.name] = round(time.perf_counter() - started, 4)
-        self._reporter.matrix(outcome, self._seconds[spec.name])
+        self._seconds[outcome.name] = seconds
+        self._reporter.matrix(outcome, seconds)
 
     def _matrix(self, spec: MatrixSpec, dense_OI: torch.Tensor) -> Matrix:
         gradient = self._gradients.of(spec, dense_OI.device) if self._gradients is not None else None

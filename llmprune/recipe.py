@@ -75,6 +75,9 @@ class Engine(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="of the forward passes"
     )
+    reduce: Literal["sum", "ordered"] = Field(
+        default="sum", description="ordered: the number of processes changes no byte; slower, and more memory"
+    )
 
 
 class Override(Strict):
@@ -180,7 +183,11 @@ for _tag, _regex in _NUMBERS.items():
 
 def read_yaml(text: str) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, RecursionError) as error:
+        # a date that is none, an integer of thousands of digits, a thousand brackets
+        raise yaml.YAMLError(str(error)) from error
 
 
 def load_recipe(path: Path | None, settings: dict[str, Any]) -> Recipe:

@@ -150,8 +150,8 @@ class Restructuring(Job):
         reporter.say(f"{self.recipe.method}: holds {self.method.memory}")
         if self.recipe.layout == "remote-code":
             reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
-        with torch.no_grad(), dispatch.recorded() as self._kernels, self._prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, self._batches() if self.tokens else [], weights)
+        with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
+            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
             decision = self._decide(trunk, weights)
         reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
@@ -310,7 +310,7 @@ class Restructuring(Job):
     def _logits_of_old_model(self, ids: torch.Tensor) -> torch.Tensor:
         """What the old model says if dropped layers are skipped and changed parameters have their new values."""
         weights = self._weights(writing=False)
-        with self._prepared(weights):
+        with self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
             states = trunk.enter()
             for index in self._layers():

@@ -134,7 +134,7 @@ class Rotating(Restructuring):
     def _logits_of_old_model(self, ids: torch.Tensor) -> torch.Tensor:
         """What the old model says if its hidden state is projected onto the bases wherever it is turned."""
         weights = self._weights(writing=False)
-        with self._prepared(weights):
+        with self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
             bases = [one.to(self.device) for one in self._turned.bases]
             state = projected(self._stream, trunk.enter()[0], bases[0])

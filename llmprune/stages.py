@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
+from llmprune import ranks
 from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
 from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
@@ -21,6 +22,7 @@ from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import Restructuring
 from llmprune.result import Result
 from llmprune.rotating import Rotating
+from llmprune.types import UserError
 
 Model: TypeAlias = PreTrainedModel | None
 # The job that carries out each kind of method.
@@ -47,6 +49,8 @@ def run(
     stages = stages_of(recipe)
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
+    if ranks.current().count > 1:
+        raise UserError("stages run in one process: start each as a run of its own, or without torchrun")
     if out is not None:
         out = out.expanduser().resolve()
         source = None if model is not None else resolve(recipe.model)
@@ -93,6 +97,8 @@ def _job(
         method = method_class(recipe.method)
         # a method that turns the hidden state is one for the width, but changes every parameter
         kind = Rotating if hasattr(method, "turn") else KINDS[method.kind]
+        if kind is not Job and ranks.current().count > 1:
+            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
         job = kind(recipe, model, tokenizer, data, out)
         job.check(resume=resume, overwrite=overwrite)
         if dry_run:

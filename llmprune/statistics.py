@@ -34,13 +34,14 @@ class Stats:
         unknown = kinds - KINDS
         if unknown:
             raise ValueError(f"unknown statistics {sorted(unknown)}; there are {sorted(KINDS)}")
-        self.width = width
+        self.width, self._device = width, device
         self.tokens = 0
         self._lower_II = torch.zeros(width, width, device=device) if GRAM in kinds else None
         self._moments = Moments(width, device) if MOMENTS in kinds else None
         self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
         self._lack_OI: torch.Tensor | None = None
         self.paired = DRIFT in kinds
+        self.whole = True  # False where another process has the sums over all of them
         self._derived: dict[Hashable, Any] = {}
 
     def update(
@@ -66,6 +67,54 @@ class Stats:
             gram_update_(self._lower_II, x_TI)
         if self._moments is not None:
             self._moments.update(x_TI)
+
+    @property
+    def lacking(self) -> int:
+        """How many outputs have something to make up for: the rows of what `update` was given as lacking."""
+        return 0 if self._lack_OI is None else len(self._lack_OI)
+
+    def expect(self, tokens: int, paired: bool, lacking: int) -> None:
+        """What the statistics will be of, when their tensors have been filled or added up."""
+        self._derived.clear()
+        self.tokens, self.paired = tokens, paired
+        if lacking and self._lack_OI is None:
+            self._lack_OI = torch.zeros(lacking, self.width, device=self._device)
+
+    def replace(self, tokens: int, paired: bool, lacking: int) -> None:
+        """As `expect`, where the tensors are about to be overwritten by those of another process."""
+        self.expect(tokens, paired, lacking)
+        if self._moments is not None:
+            self._moments.tokens = tokens
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Everything that is summed, in a fixed order."""
+        return self._products() + (self._moments.tensors() if self._moments is not None else [])
+
+    def merge(self, later: Stats) -> None:
+        """Add the statistics of further tokens."""
+        self.expect(self.tokens + later.tokens, self.paired and later.paired, later.lacking)
+        for mine, other in (
+            (self._lower_II, later._lower_II),
+            (self._drift_II, later._drift_II),
+            (self._lack_OI, later._lack_OI),
+        ):
+            if mine is not None and other is not None:
+                mine += other
+        if self._moments is not None and later._moments is not None:
+            self._moments.merge(later._moments)
+
+    def pool(self, sum_: Callable[..., None], to: int | None, own: int) -> None:
+        """Add up what all processes have, this one of `own` tokens; `expect` has said of what that is.
+
+        `sum_(tensor, to)` adds a tensor up over the processes, in place, for one of them or (None) for all.
+        """
+        for one in self._products():
+            sum_(one, to)
+        if self._moments is not None:
+            self._moments.pool(own, self.tokens, sum_)
+
+    def _products(self) -> list[torch.Tensor]:
+        return [one for one in (self._lower_II, self._drift_II, self._lack_OI) if one is not None]
 
     @property
     def gram_II(self) -> torch.Tensor:
@@ -133,3 +182,71 @@ class Stats:
         if self._moments is None:
             raise ValueError("this statistics object holds no moments: the method must name them in `needs`")
         return self._moments
+
+
+class Sums:
+    """Statistics that grow batch by batch.
+
+    `ordered`: they are added up along a binary tree of which batch b is leaf b, the lower half first, so that
+    the sums depend on no batch's time or place. It holds about log2(batches) statistics instead of one.
+    """
+
+    def __init__(self, width: int, kinds: frozenset[str], device: torch.device | str = "cpu", *, ordered: bool) -> None:
+        self.width = width
+        self._kinds, self._device, self._ordered = kinds, device, ordered
+        self._nodes: dict[tuple[int, int], Stats] = {}  # by height and place
+        self._leaf = 0
+        self._growing: Stats | None = None
+
+    def update(
+        self, batch: int, x_TI: torch.Tensor, dense_TI: torch.Tensor | None, lack_TO: torch.Tensor | None = None
+    ) -> Stats:
+        """Add tokens of a batch (see `Stats.update`); returns the statistics that they went into."""
+        leaf = batch if self._ordered else 0
+        if self._growing is None or leaf != self._leaf:
+            self._settle()
+            self._leaf, self._growing = leaf, self._make()
+        self._growing.update(x_TI, dense_TI, lack_TO)
+        return self._growing
+
+    def nodes(self) -> dict[tuple[int, int], Stats]:
+        """What the tree has so far: the sums of whole subtrees."""
+        self._settle()
+        return self._nodes
+
+    def receive(self, key: tuple[int, int], tokens: int, paired: bool, lacking: int) -> None:
+        """Make room for a node of another process, whose tensors are about to be filled."""
+        self.nodes()[key] = node = self._make()
+        node.replace(tokens, paired, lacking)
+
+    def total(self) -> Stats:
+        """The statistics of all batches; no more may come."""
+        self._settle()
+        nodes = self._nodes
+        while len(nodes) > 1:
+            height = min(level for level, _ in nodes)
+            for level, place in sorted(key for key in nodes if key[0] == height):
+                if (level, place) in nodes:
+                    self._join(level, place)
+        return next(iter(nodes.values()), None) or self._make()
+
+    def _make(self) -> Stats:
+        return Stats(self.width, self._kinds, self._device)
+
+    def _settle(self) -> None:
+        """The growing leaf is complete; a subtree whose two halves are complete is one node."""
+        if self._growing is None:
+            return
+        key = (0, self._leaf)
+        self._nodes[key], self._growing = self._growing, None
+        while (key[0], key[1] ^ 1) in self._nodes:
+            key = self._join(*key)
+
+    def _join(self, level: int, place: int) -> tuple[int, int]:
+        """Replace a node and its sibling, if there is one, by their parent."""
+        halves = [self._nodes.pop((level, one), None) for one in (place & ~1, place | 1)]
+        first, *rest = [one for one in halves if one is not None]
+        for later in rest:
+            first.merge(later)
+        self._nodes[level + 1, place >> 1] = first
+        return level + 1, place >> 1

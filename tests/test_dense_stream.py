@@ -20,6 +20,7 @@ from llmprune.arch.discover import Unit, find_units
 from llmprune.checkpoint.skeleton import run_experts_one_by_one
 from llmprune.engine import schedule
 from llmprune.engine.reconstruct import RATE, WARM_UP, reconstruct
+from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.linalg import scaled
 from llmprune.solvers.retarget import retarget
@@ -79,7 +80,7 @@ def shrink(model: PreTrainedModel, how: str, factor: float = SHRINK, *, reconstr
     units = find_units(model, head=False)
     work = Shrinking(units, factor, reconstructs=reconstructs)
     with torch.no_grad(), run_experts_one_by_one(model):
-        schedule.run(model, units, BATCHES, how, work)
+        schedule.run(model, units, Share.alone(BATCHES), how, work)
     return work
 
 
@@ -320,7 +321,9 @@ def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Ten
     inputs: list[Call] = [((torch.randn(32, 8, generator=generator),), {}) for _ in range(calls)]
     targets = [args[0] @ dense.T for args, _ in inputs]
     now = [(call, call[0][0] @ start["weight"].T) for call in inputs]
-    found, before, after = reconstruct(module, start, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0)
+    found, before, after = reconstruct(
+        module, start, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0, share=Share.alone(now)
+    )
     assert after < before
     assert not found["weight"][~kept].any()
     return found, kept, inputs, targets
@@ -359,7 +362,9 @@ def test_fitting_never_makes_it_worse() -> None:
     targets = [module(x_TI).detach()]
     calls: list[tuple[Call, torch.Tensor]] = [(((x_TI,), {}), targets[0])]
     kept = {"weight": torch.ones(6, 8, dtype=torch.bool)}
-    found, before, after = reconstruct(module, {"weight": weight}, kept, STORAGE, calls, targets, epochs=3, seed=0)
+    found, before, after = reconstruct(
+        module, {"weight": weight}, kept, STORAGE, calls, targets, epochs=3, seed=0, share=Share.alone(calls)
+    )
     assert after == before and torch.equal(found["weight"], weight)
 
 

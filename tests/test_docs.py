@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 from runner import cli
@@ -91,6 +92,10 @@ def run(line: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(sys, "argv", words[2:])
         harness.main()
+        return
+    if words[:2] == ["torchrun", "--nproc-per-node"] and words[3:5] == ["-m", "llmprune"]:
+        runs = processes.together(int(words[2]), *words[5:], log=work / "log")
+        assert not any(one.code for one in runs), f"{command}: {[one.err for one in runs]}"
         return
     assert words[0] == "llmprune", f"nobody tests {command!r}"
     if "--out" in words and words[1] in ("prune", "recover"):

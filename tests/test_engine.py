@@ -20,6 +20,7 @@ from llmprune.checkpoint.skeleton import run_experts_one_by_one
 from llmprune.engine import schedule
 from llmprune.engine.collect import Collector
 from llmprune.engine.observe import Observe
+from llmprune.engine.share import Share
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import GRAM, Stats
 from llmprune.types import Edit, Matrix, RunError
@@ -77,7 +78,7 @@ def watch(model: PreTrainedModel, how: str, *, head: bool = False, all_experts: 
         work.logits.append(model(**batch).logits)
 
     with torch.no_grad(), run_experts_one_by_one(model):
-        schedule.run(forward, units, BATCHES, how, work)  # type: ignore[arg-type]
+        schedule.run(forward, units, Share.alone(BATCHES), how, work)  # type: ignore[arg-type]
     return work
 
 

@@ -7,9 +7,12 @@ are whole. When all is there, it is renamed to `DIR`.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,13 +103,23 @@ class Output:
 
         `place`: the number of this file, from 1, and how many there will be.
         """
-        name = f"model-{place[0]:05d}-of-{place[1]:05d}.safetensors"
+        line = self._line(unit, place, tensors, record)
         if tensors:
-            self._save(name, tensors)
-            self._compare(name, tensors)
-        line = {"unit": unit, "file": name if tensors else None, "bytes": _size(tensors), **record}
+            self._save(line["file"], tensors)
+            self._compare(line["file"], tensors)
+            line["sha256"] = _digest(self.partial / line["file"])
         self._append(line)
         self.records[unit] = line
+
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        """Enter something in the journal that a resumed run must know, and that is no unit."""
+        self.write(name, (0, 0), {}, record)
+
+    def _line(
+        self, unit: str, place: tuple[int, int], tensors: dict[str, torch.Tensor], record: dict[str, Any]
+    ) -> dict[str, Any]:
+        name = f"model-{place[0]:05d}-of-{place[1]:05d}.safetensors" if tensors else None
+        return {"unit": unit, "file": name, "bytes": _size(tensors), **record}
 
     def written(self, unit: str) -> Checkpoint | None:
         """The stored tensors of a finished unit, for running through it again."""
@@ -206,25 +219,29 @@ class Output:
     def _append(self, line: dict[str, Any]) -> None:
         try:
             with (self.partial / JOURNAL_NAME).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(_sealed(line))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise RunError(f"cannot write the journal in {self.partial}: {error}") from error
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """The whole lines of the journal; a kill can only have torn the last one, which is cut off."""
+        """The whole lines of the journal, up to the first that is none: a kill may have torn the last one."""
         path = self.partial / JOURNAL_NAME
         if not path.is_file():
             return []
         text = path.read_text(errors="replace")
-        lines = []
-        for line in text.splitlines():
+        lines: list[dict[str, Any]] = []
+        for written in text.splitlines():
             try:
-                lines.append(json.loads(line))
-            except ValueError:
+                line = json.loads(written)
+                sealed = isinstance(line, dict) and line.pop("crc32", None) == _crc32(line)
+            except (ValueError, RecursionError):
                 break
-        whole = "".join(json.dumps(line) + "\n" for line in lines)
+            if not sealed or not (_is_part(line) if lines else "fingerprint" in line):
+                break
+            lines.append(line)
+        whole = "".join(map(_sealed, lines))
         if whole != text:
             try:
                 cut = path.with_suffix(".writing")
@@ -239,8 +256,8 @@ class Output:
         if line["file"] is None:
             return True
         try:
-            return bool(_size_on_disk(self.partial / line["file"]) == line["bytes"])
-        except UserError:
+            return bool(_digest(self.partial / line["file"]) == line["sha256"])
+        except OSError:
             return False
 
 
@@ -276,5 +293,28 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
     return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
-def _size_on_disk(path: Path) -> int:
-    return sum(entry.bytes for entry in Checkpoint.of_file(path).entries.values())
+def _is_part(line: dict[str, Any]) -> bool:
+    """Whether a line of the journal is one of ours: about a unit, and its file if it has one."""
+    if not isinstance(line.get("unit"), str) or "file" not in line:
+        return False
+    name = line["file"]
+    return name is None or (
+        isinstance(name, str)
+        and re.fullmatch(r"model-\d{5,}-of-\d{5,}\.safetensors", name) is not None
+        and isinstance(line.get("bytes"), int)
+        and isinstance(line.get("sha256"), str)
+    )
+
+
+def _sealed(line: dict[str, Any]) -> str:
+    """A line as it is written: with a checksum, so that a damaged one is not taken for another."""
+    return json.dumps({**line, "crc32": _crc32(line)}) + "\n"
+
+
+def _crc32(line: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line).encode())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

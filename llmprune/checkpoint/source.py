@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from llmprune.types import UserError
+from llmprune.types import RunError, UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -91,7 +91,10 @@ class Checkpoint:
 
     def _handle(self, name: str) -> Any:
         if name not in self._handles:
-            self._handles[name] = _open(self.folder / name)
+            try:
+                self._handles[name] = _open(self.folder / name)
+            except UserError as error:
+                raise RunError(f"{self.folder / name} could be read when the run began: {error}") from error
         return self._handles[name]
 
 
@@ -147,7 +150,7 @@ def _weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{index} is not a safetensors index: {error}") from error
         for name in names:
             _check_inside(folder, name)
@@ -167,7 +170,7 @@ def _weight_files(folder: Path) -> list[str]:
 def _check_inside(folder: Path, name: object) -> None:
     if not isinstance(name, str) or os.path.isabs(name) or ".." in Path(name).parts:
         raise UserError(f"{folder / INDEX_NAME} names the file {name!r} outside its folder; it is refused")
-    if not (folder / name).is_file():
+    if not os.path.isfile(folder / name):
         raise UserError(f"{folder / INDEX_NAME} names {name!r}, which is missing; download the model again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,9 @@ from torch import nn
 from llmprune.arch.discover import expert_blocks
 from llmprune.engine.dense import Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
-from llmprune.engine.reconstruct import first_tensor
 from llmprune.engine.routing import Routed, one_expert_each, routing
-from llmprune.engine.suspend import Call
-from llmprune.statistics import Stats
+from llmprune.engine.suspend import Call, first_tensor
+from llmprune.statistics import Stats, Sums
 from llmprune.types import RunError
 
 IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
@@ -28,19 +28,26 @@ class _Enough(BaseException):
 class Collector:
     """Statistics of the inputs of the `counted` matrices, shared between products that read the same tensor.
 
-    `wanted`: the parameters that are watched; None for `counted`: all of them count.
+    `wanted`: the parameters that are watched; None for `counted`: all of them count. `ordered`: see `Sums`.
     """
 
-    def __init__(self, wanted: dict[str, nn.Parameter], kinds: frozenset[str], counted: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        wanted: dict[str, nn.Parameter],
+        kinds: frozenset[str],
+        counted: set[str] | None = None,
+        *,
+        ordered: bool = False,
+    ) -> None:
         self._wanted = wanted
-        self._kinds = kinds
+        self.kinds, self._ordered = kinds, ordered
         self._counted = counted
         self._seen: list[tuple[Product, InputKey]] = []
         self._muted = False  # what is seen meanwhile does not count
         self._replayed: dict[str, list[torch.Tensor]] | None = None  # where inputs of a replay go
         self._routed: Routed | None = None  # of the present call, where its experts are to share a goal
         self._enough: int | None = None
-        self.stats: dict[str, Stats] = {}
+        self.sums: dict[str, Sums] = {}
         self.transposed: dict[str, bool] = {}
 
     def run(
@@ -50,20 +57,21 @@ class Collector:
         *,
         all_experts: bool = False,
         dense: list[Inputs] | None = None,
+        numbers: Iterable[int] | None = None,
         goals: Sequence[torch.Tensor] = (),
     ) -> None:
         """Call `module` on every captured `(args, kwargs)`; outputs are dropped.
 
         `all_experts`: every token counts for every expert. `dense`: what each call's matrices see in the
-        dense model, to be compared with what they see here. `goals`: what `module`, an expert block, should put out
-        (tokens x width), which its experts then share.
+        dense model, to be compared with what they see here. `numbers`: of the batches, if not from 0. `goals`: what
+        `module`, an expert block, should put out (tokens x width), which its experts then share.
         """
         # held by no attribute: a cycle would keep the weights of a finished layer until the next collection
         observe = Observe(self._wanted, self._see)
         blocks = [block for _, block in expert_blocks(module)]
-        for number, (args, kwargs) in enumerate(calls):
+        for place, (number, (args, kwargs)) in enumerate(zip(numbers or itertools.count(), calls, strict=False)):
             given = [(one, one._version) for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
-            beside = dense[number] if dense is not None else None
+            beside = dense[place] if dense is not None else None
             self._routed = Routed.of(module, args, kwargs) if goals else None
             with contextlib.suppress(_Enough), observe, self._at_blocks(blocks, all_experts, beside):
                 output = module(*args, **kwargs)
@@ -73,7 +81,11 @@ class Collector:
                 # the first batch tells how many products there are; later ones stop at the last
                 self._enough = len(self._seen)
             shared = self._routed is not None
-            self._accumulate(number, beside, goals[number] - _rows(first_tensor(output)) if shared else None)
+            self._accumulate(number, beside, goals[place] - _rows(first_tensor(output)) if shared else None)
+
+    def totals(self) -> dict[str, Stats]:
+        """The statistics of every matrix that a token reached."""
+        return {name: one.total() for name, one in self.sums.items()}
 
     def add(self, product: Product, batch: int, dense: Inputs | None, lack_TO: torch.Tensor | None = None) -> None:
         """Take in one product that was seen elsewhere, and what its outputs are to make up for."""
@@ -148,18 +160,19 @@ class Collector:
             groups.setdefault(its_keys, []).append(name)
         updated: set[int] = set()
         for names in groups.values():
-            stats = self._shared(names, inputs[names[0]][0].x_TI)
-            if id(stats) in updated:
+            sums = self._shared(names, inputs[names[0]][0].x_TI)
+            if id(sums) in updated:
                 raise RunError(f"{names[0]} shares its input in one batch and not in another; exclude it")
-            updated.add(id(stats))
+            updated.add(id(sums))
             for product in inputs[names[0]]:
                 beside = [dense.next_of(name) for name in names] if dense is not None else [None]
                 if self._routed is None or lack_TO is None or product.index is None:
-                    stats.update(product.x_TI, beside[0], lack_TO)
+                    stats = sums.update(batch, product.x_TI, beside[0], lack_TO)
                 else:
                     # what the block lacks holds all that has moved: these inputs are compared with themselves
                     gated_TI = self._routed.tokens_of(product.index)[1].float()[:, None] * product.x_TI
-                    stats.update(gated_TI, gated_TI, self._routed.share_of(product.index, lack_TO))
+                    lack_TO = self._routed.share_of(product.index, lack_TO)
+                    stats = sums.update(batch, gated_TI, gated_TI, lack_TO)
                 if not bool(torch.isfinite(stats.square_sums_I).all()):
                     self._check_weights()
                     raise RunError(_not_finite(product.x_TI, product.name, batch))
@@ -171,15 +184,14 @@ class Collector:
             if not bool(torch.isfinite(parameter).all()):
                 raise RunError(f"{name} holds NaN or infinity; the checkpoint is damaged: download it again")
 
-    def _shared(self, names: list[str], x_TI: torch.Tensor) -> Stats:
-        known = {id(self.stats[name]) for name in names if name in self.stats}
+    def _shared(self, names: list[str], x_TI: torch.Tensor) -> Sums:
+        known = {id(self.sums[name]) for name in names if name in self.sums}
         if len(known) > 1:
             raise RunError(f"{', '.join(names)} share an input in one batch and not in another; exclude one of them")
-        stats = next((self.stats[name] for name in names if name in self.stats), None)
-        stats = stats or Stats(x_TI.shape[1], self._kinds, x_TI.device)
-        for name in names:
-            self.stats[name] = stats
-        return stats
+        sums = next((self.sums[name] for name in names if name in self.sums), None)
+        sums = sums or Sums(x_TI.shape[1], self.kinds, x_TI.device, ordered=self._ordered)
+        self.sums.update(dict.fromkeys(names, sums))
+        return sums
 
 
 def _not_finite(x_TI: torch.Tensor, name: str, batch: int) -> str:

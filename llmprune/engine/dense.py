@@ -11,9 +11,8 @@ from torch import nn
 
 from llmprune.arch.discover import Unit, expert_blocks
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
-from llmprune.engine.reconstruct import first_tensor
 from llmprune.engine.residual import Residual, recorded, writers
-from llmprune.engine.suspend import Suspended
+from llmprune.engine.suspend import Suspended, first_tensor
 from llmprune.types import RunError
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
 
-from llmprune.engine.suspend import Call
+from llmprune.engine.share import Share
+from llmprune.engine.suspend import Call, first_tensor
 
 # step length at its peak, as a share of the root mean square of a matrix's kept weights
 RATE = 0.02
@@ -28,18 +28,22 @@ def reconstruct(
     *,
     epochs: int,
     seed: int,
+    share: Share,
 ) -> tuple[dict[str, torch.Tensor], float, float]:
     """Weights that bring the outputs of `module` on `calls` closer to `targets`, with the same zeros.
 
     `parameters`: values to start from, by name in the module; `kept`: bool masks of the same shapes; `storage`: dtypes
-    in which they will be stored; `calls`: arguments and present output of each batch. Adam on the squared error, one
-    batch a step, `epochs` times through all batches in an order drawn from `seed`; the step length rises over the first steps and falls along a half cosine. Needs one
+    in which they will be stored; `calls`: arguments and present output of each batch of `share`. Adam on the squared
+    error, one batch a step, `epochs` times through all batches in an order drawn from `seed`; the step length rises over
+    the first steps and falls along a half cosine. Every process of the share adds its part of the gradient. Needs one
     layer's parameters four times in float32 (values, gradients, two moments) and the activations of one
     batch. Returns the weights as they will be read back, and the relative squared error (of the targets' energy)
     before and after; if that did not fall, the weights are those given.
     """
-    energy = sum(float(one.float().square().sum()) for one in targets)
-    before = sum(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
+    energy = share.add_up(float(one.float().square().sum()) for one in targets)
+    before = (
+        share.add_up(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
+    )
     start = {name: one.detach().float() for name, one in parameters.items()}
     values = {name: one.clone().requires_grad_() for name, one in start.items()}
     rates = {name: RATE * float(one[kept[name]].square().mean().sqrt()) for name, one in start.items()}
@@ -49,14 +53,24 @@ def reconstruct(
         [{"params": [values[name]], "lr": rate} for name, rate in rates.items() if rate > 0], betas=BETAS
     )
     generator = torch.Generator().manual_seed(seed)
-    order = [number for _ in range(epochs) for number in torch.randperm(len(calls), generator=generator).tolist()]
+    mine, everyone = {number: place for place, number in enumerate(share.numbers)}, share.all_numbers()
+    order = [
+        everyone[one] for _ in range(epochs) for one in torch.randperm(len(everyone), generator=generator).tolist()
+    ]
     shape = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(order)))
     for number in order:
-        with torch.enable_grad():
-            loss = _squared(_output(module, values, calls[number][0]), targets[number]) / energy
-            loss.backward()  # type: ignore[no-untyped-call]
-        for name, one in values.items():
-            if one.grad is not None:
+        if number in mine:
+            call, target = calls[mine[number]][0], targets[mine[number]]
+            with torch.enable_grad():
+                loss = _squared(_output(module, values, call), target) / energy
+                loss.backward()  # type: ignore[no-untyped-call]
+        # a parameter that no process used in this step (an unseen expert) takes no step
+        used = torch.tensor([one.grad is not None for one in values.values()], dtype=torch.int32)
+        share.ranks.sum_(used)
+        for (name, one), uses in zip(values.items(), used.tolist(), strict=True):
+            if uses:
+                one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+                share.ranks.sum_(one.grad)
                 one.grad.mul_(kept[name])
         optimizer.step()
         optimizer.zero_grad()
@@ -64,14 +78,8 @@ def reconstruct(
     found = {name: one.detach().to(storage[name]).masked_fill(~kept[name], 0).float() for name, one in values.items()}
     with torch.no_grad():
         fitted = (_output(module, found, call) for call, _ in calls)
-        after = sum(float(_squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
+        after = share.add_up(float(_squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
     return (found, before, after) if after < before else (start, before, before)
-
-
-def first_tensor(output: Any) -> torch.Tensor:
-    """The hidden states that a decoder layer returns, alone or at the head of a tuple."""
-    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
-    return tensor
 
 
 def _rate(step: int, steps: int) -> float:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from llmprune.arch.sublayers import halves
-from llmprune.engine.reconstruct import first_tensor
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Call, first_tensor
 from llmprune.types import UserError
 
 # Share of the layer's output by which it may differ from its input plus what was added: rounding of half precision.

@@ -20,9 +20,9 @@ from llmprune.arch.sublayers import writes_to_stream
 from llmprune.engine.collect import Collector
 from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
-from llmprune.engine.reconstruct import first_tensor
 from llmprune.engine.residual import Residual, recorded, writers
-from llmprune.engine.suspend import DONE, Call, Stop, Suspended
+from llmprune.engine.share import Share
+from llmprune.engine.suspend import DONE, Call, Stop, Suspended, first_tensor
 from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
@@ -64,11 +64,11 @@ class Work(Protocol):
         """Whether every unit is finished, so that the forward need not go on."""
 
 
-def run(model: nn.Module, units: list[Unit], batches: list[Any], schedule: str, work: Work) -> None:
-    """Drive `batches` (keyword arguments of the model) through the model, calling `work` at every unit."""
+def run(model: nn.Module, units: list[Unit], share: Share, schedule: str, work: Work) -> None:
+    """Drive the batches of `share` through the model, calling `work` at every unit."""
 
     def forwards() -> Suspended:
-        return Suspended(lambda batch: model(**batch, use_cache=False), batches)
+        return Suspended(lambda batch: model(**batch, use_cache=False), share.batches)
 
     beside = DRIFT in work.kinds or work.reconstructs
     with contextlib.ExitStack() as stack:
@@ -77,7 +77,7 @@ def run(model: nn.Module, units: list[Unit], batches: list[Any], schedule: str, 
         stack.enter_context(_stops_at(units, suspended))
         if work.reconstructs:
             stack.enter_context(_stops_at_exits(units, suspended))
-        _Course(units, suspended, dense, work, by_module=schedule == "module").run()
+        _Course(units, suspended, dense, work, share, by_module=schedule == "module").run()
     if not work.complete():
         missed = [unit.name for unit in units if work.wanted(unit)]
         raise RunError(f"the forward pass never reached {', '.join(missed) or 'some layers'}")
@@ -87,10 +87,17 @@ class _Course:
     """The way of all batches through the model, and what is done at each of their stops."""
 
     def __init__(
-        self, units: list[Unit], suspended: Suspended, dense: DenseStream | None, work: Work, *, by_module: bool
+        self,
+        units: list[Unit],
+        suspended: Suspended,
+        dense: DenseStream | None,
+        work: Work,
+        share: Share,
+        *,
+        by_module: bool,
     ) -> None:
         self._units = {unit.name: unit for unit in units}
-        self._suspended, self._dense, self._work = suspended, dense, work
+        self._suspended, self._dense, self._work, self._share = suspended, dense, work, share
         self._observe = Observe({}, self._see) if by_module else None
         self._hooks = contextlib.ExitStack()
         self._inside_blocks: set[str] = set()
@@ -205,11 +212,22 @@ class _Course:
     def _measure_and_solve(self, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor] = ()) -> None:
         """Run `module` of the unit on what the batches hold before it, and solve the `wanted` matrices in it."""
         assert self._unit is not None
-        everything = _parameters(self._unit, {one.name for one in self._unit.matrices})
-        collector = Collector(everything, self._work.kinds, wanted)
-        payloads = self._suspended.payloads()
-        collector.run(module, payloads, all_experts=self._work.all_experts, dense=self._inputs, goals=goals)
-        self._work.solve(self._unit, collector.stats, collector.transposed)
+        self._work.solve(self._unit, *self._measure(self._unit, module, wanted, goals))
+
+    def _measure(
+        self, unit: Unit, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor]
+    ) -> tuple[dict[str, Stats], dict[str, bool]]:
+        share, everything = self._share, _parameters(unit, {one.name for one in unit.matrices})
+        collector = Collector(everything, self._work.kinds, wanted, ordered=share.ordered)
+        collector.run(
+            module,
+            self._suspended.payloads(),
+            all_experts=self._work.all_experts,
+            dense=self._inputs,
+            numbers=share.numbers,
+            goals=goals,
+        )
+        return share.whole(collector, unit, wanted), collector.transposed
 
     def _goals(self, writer: str) -> list[torch.Tensor]:
         """What a writer would have to put out for each batch's residual stream to be the dense model's; or nothing."""
@@ -234,19 +252,19 @@ class _Course:
         products: list[Product] = list(self._suspended.payloads())
         keys = [input_key(product.x_TI) for product in products]
         if self._last is not None and keys == self._last[2]:
-            collector = self._last[0]
-            collector.stats[name] = next(iter(collector.stats.values()))
+            stats = self._last[0]
         else:
-            collector = Collector({}, self._work.kinds)
-            for number, product in enumerate(products):
-                beside = self._inputs[number] if self._inputs is not None else None
-                collector.add(product, number, beside, self._lack(product, number))
-        self._work.solve(self._unit, {name: collector.stats[name]}, {name: products[0].transposed})
-        self._last = (collector, products, keys)
+            collector = Collector({}, self._work.kinds, ordered=self._share.ordered)
+            for place, product in enumerate(products):
+                beside = self._inputs[place] if self._inputs is not None else None
+                collector.add(product, self._share.numbers[place], beside, self._lack(product, place))
+            stats = self._share.whole(collector, self._unit, {name})[name]
+        self._work.solve(self._unit, {name: stats}, {name: products[0].transposed})
+        self._last = (stats, products, keys)
 
 
-# A collector, and the products that it took in with the keys that their inputs had.
-Solved = tuple[Collector, list[Product], list[InputKey]]
+# Statistics, and the products that they are of with the keys that their inputs had.
+Solved = tuple[Stats, list[Product], list[InputKey]]
 
 
 def _parameter(unit: Unit, name: str) -> nn.Parameter:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import greenlet
+import torch
 
 from llmprune.types import RunError
 
@@ -31,6 +32,12 @@ class Stop:
     @property
     def place(self) -> tuple[str, str]:
         return (self.kind, self.name)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states that a decoder layer returns, alone or at the head of a tuple."""
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return tensor
 
 
 DONE = Stop("done", "")

@@ -87,7 +87,7 @@ def measure(
     calls = [trunk.call(index, batch, state) for batch, state in enumerate(states)]
     collector.run(trunk.units[index].module, calls, dense=dense)
     trunk.runs += 1
-    return collector.stats
+    return collector.totals()
 
 
 def record(trunk: Trunk, index: int, states: States, writers: list[Weight]) -> tuple[list[Inputs], States]:

@@ -20,6 +20,7 @@ from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
 from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.job import load_tokenizer, longest, versions
 from llmprune.kernels.product import FastLinear
@@ -89,7 +90,7 @@ class Blockwise:
             size = self.recipe.training.micro_batch
             batches = [{"input_ids": one.to(self.device)} for one in self.text.ids_NT.split(size)]
             with torch.no_grad(), weights.on_demand(), FastLinear():
-                schedule.run(self.model, self.units, batches, "layer", work)
+                schedule.run(self.model, self.units, Share.alone(batches), "layer", work)
             self._finish(weights, memory)
         finally:
             output.close()
@@ -180,7 +181,15 @@ class _Refit:
         kept = {name: (one != 0) | (name not in matrices) for name, one in parameters.items()}
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
         found, before, after = reconstruct(
-            unit.module, parameters, kept, storage, calls, targets, epochs=self._epochs, seed=self._seed
+            unit.module,
+            parameters,
+            kept,
+            storage,
+            calls,
+            targets,
+            epochs=self._epochs,
+            seed=self._seed,
+            share=Share.alone(calls),
         )
         for name, one in parameters.items():
             one.copy_(found[name])

@@ -1,0 +1,112 @@
+"""Choosing how a run goes, so that it fits the machine it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmprune.forecast import Forecast, Probe, Situation
+from llmprune.memory import Meter
+from llmprune.pipeline import Pruning, schedule_of
+from llmprune.progress import Reporter
+from llmprune.statistics import OF_WEIGHTS
+from llmprune.types import RunError
+from llmprune.weights import Resident, Streamed
+
+if TYPE_CHECKING:
+    from llmprune.job import Job
+
+ENGINE = "engine"  # the journal's line for how a run goes, where that is not what the recipe says
+
+
+def settle(job: Job, weights: Streamed | Resident, reporter: Reporter, started: float, *, resumed: bool) -> None:
+    """Decide on schedule and batch size, and say what the run will take; a resumed run goes on as it was begun."""
+    records = job.output.records if job.output is not None else {}
+    if ENGINE in records:
+        job.use_engine(**{key: records[ENGINE][key] for key in ("schedule", "batch_size")})
+    found = None if resumed else look_ahead(job, weights)
+    if found is None:
+        return
+    found = job.forecast = dataclasses.replace(found, seconds=found.seconds + time.perf_counter() - started)
+    reporter.say(str(found))
+    if (found.schedule, found.batch_size) != (_schedule(job), job.recipe.engine.batch_size):
+        job.use_engine(schedule=found.schedule, batch_size=found.batch_size)
+        if job.output is not None:
+            job.output.note(ENGINE, {"schedule": found.schedule, "batch_size": found.batch_size})
+        job.notes.append(f"to fit the free memory, schedule {found.schedule} and batches of {found.batch_size}")
+        reporter.warn(job.notes[-1])
+    if not found.fits:
+        advice = "if it fails, give --dtype bfloat16, fewer --samples, or start more processes"
+        job.notes.append(f"{found.memory / 2**30:.1f} GiB may not fit the {found.free / 2**30:.1f} GiB free: {advice}")
+        reporter.warn(job.notes[-1])
+
+
+def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
+    """Measure the largest layer on one batch, and foresee the run; prunes nothing.
+
+    None for a method that reads gradients: what they cost is not foreseen.
+    """
+    if job.method.needs & OF_WEIGHTS:
+        return None
+    engine = job.recipe.engine
+    meter = Meter(job.device)
+    probe = Probe(job.plan, weights, job.method, meter, all_experts=job.recipe.calibration.all_experts)
+    with torch.no_grad(), contextlib.closing(meter), job.prepared(weights):
+        found = probe.run_on(job.model, job.share.batches[0]) if job.method.needs else probe.run_without_data()
+    situation = Situation(
+        job.plan,
+        job.method,
+        job.epochs,
+        [one["input_ids"].numel() for one in job.share.batches],
+        engine.batch_size,
+        hidden=job.model.get_input_embeddings().weight.shape[1] * job.dtype.itemsize,
+        layer=sum(one.numel() for one in probe.unit.module.parameters()) * job.dtype.itemsize,
+        stored=sum(one.bytes for one in job.checkpoint.entries.values()) if job.checkpoint else 0,
+        processes=job.ranks.count,
+    )
+    chosen = situation.choose(
+        found,
+        probe.unit,
+        _schedule(job),
+        job.device,
+        schedules=engine.schedule == "auto",
+        sizes="batch_size" not in engine.model_fields_set,
+    )
+    # processes must run alike: as the one that has least room
+    everyone = [Forecast(**one) for one in job.ranks.gather(dataclasses.asdict(chosen))]
+    return min(everyone, key=lambda one: (one.batch_size, one.schedule == "module", -one.seconds))
+
+
+def finished(job: Job, pruning: Pruning, weights: Streamed | Resident) -> bool:
+    """Prune; False if the device ran out of memory on the way, and smaller batches may help."""
+    try:
+        if job.method.needs:
+            pruning.run_on(job.model)
+        else:
+            pruning.run_without_data()
+    except torch.OutOfMemoryError as error:
+        # a resident layer may be half pruned, and other processes wait in their own batches
+        if job.recipe.engine.batch_size == 1 or job.ranks.count > 1 or isinstance(weights, Resident):
+            advice = "give a smaller --batch-size, fewer --samples, or more processes"
+            raise RunError(f"{job.device} is out of memory; {advice}") from error
+        return False
+    return True
+
+
+def halve_batches(job: Job, weights: Streamed | Resident, reporter: Reporter) -> None:
+    """After the device ran out of memory: let go of everything on it, and go on with smaller batches."""
+    for unit in job.plan.units:
+        weights.free(unit)
+    if job.device.type != "cpu":
+        torch.accelerator.empty_cache()
+    job.use_engine(batch_size=job.recipe.engine.batch_size // 2)
+    job.notes.append(f"{job.device} ran out of memory: batches of {job.recipe.engine.batch_size} from there on")
+    reporter.warn(job.notes[-1])
+
+
+def _schedule(job: Job) -> str:
+    return schedule_of(job.recipe, job.method.needs, job.epochs)
