@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from llmprune.checkpoint.remote import FILE
 from llmprune.checkpoint.skeleton import load_model
-from llmprune.memory import available
+from llmprune import memory
 from llmprune.types import RunError
 
 # The copy that is loaded for the check may take this share of the free memory.
@@ -33,7 +33,7 @@ def verify(
     written. Returns what was done, for the report. Raises RunError if the model is not what was pruned.
     """
     size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    if size > SHARE * available():
+    if size > SHARE * memory.unused(torch.device("cpu")):
         return "bytes compared; too large to reload here"
     model, info = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     strange = sorted(set(info["unexpected_keys"]) - set(unused))

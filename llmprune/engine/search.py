@@ -15,7 +15,7 @@ import torch
 
 from llmprune.arch.sublayers import HALVES, halves
 from llmprune.engine.trunk import States, Trunk, silenced
-from llmprune.memory import available
+from llmprune.memory import unused
 from llmprune.types import RunError
 
 # A part of the model: a layer, or the attention or MLP of one.
@@ -99,7 +99,7 @@ def _fits(trunk: Trunk, variants: int) -> bool:
     # a variant has states from the layer on where it begins: half of all layers on average
     bytes_needed: int = tokens * config.hidden_size * trunk.model.dtype.itemsize * (variants + 2) * trunk.depth // 2
     device = trunk.batches[0]["input_ids"].device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
+    free = unused(device)
     return bytes_needed <= SHARE * free
 
 
