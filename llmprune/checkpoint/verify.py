@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from llmprune import memory
 from llmprune.checkpoint.remote import FILE
 from llmprune.checkpoint.skeleton import load_model
-from llmprune import memory
 from llmprune.types import RunError
 
 # The copy that is loaded for the check may take this share of the free memory.

@@ -11,8 +11,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from llmprune.arch.sublayers import HALVES, halves
 from llmprune.engine.trunk import States, Trunk, silenced
 from llmprune.memory import unused
