@@ -25,7 +25,7 @@ class Rotating(Restructuring):
 
     def _make_plan(self) -> Plan:
         self._rotation_plan = plan_rotation(self.model, self._source_config(), self.recipe)
-        self._stream, self._shared = self._rotation_plan.stream, self._rotation_plan.shared
+        self._stream, self._one_basis = self._rotation_plan.stream, self._rotation_plan.shared
         return Plan(find_layers(self.model, head=False))
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -42,7 +42,7 @@ class Rotating(Restructuring):
     # Parts of a run.
 
     def _decide(self, trunk: Trunk, weights: Streamed | Resident) -> Turned:
-        turned: Turned = self.method.turn(trunk, self._stream, self._rotation_plan.width, shared=self._shared)
+        turned: Turned = self.method.turn(trunk, self._stream, self._rotation_plan.width, shared=self._one_basis)
         if turned.shared:
             (final,) = self._stream.roles.final_norm
             turned.gains[final.removesuffix(".weight")] = self._stored(final, weights).double().cpu()
@@ -84,7 +84,7 @@ class Rotating(Restructuring):
         assert self.checkpoint is not None
         unit = self.plan.units[index]
         tensors = weights.edited(unit, self._rotation.value)
-        if not self._shared:
+        if not self._one_basis:
             norm = unit.prefix + self._stream.layers[index][0].norm
             key = weights.routing.group_of(f"{norm}.weight").keys[0]
             for name, one in self._shortcuts(index, weights.storage_dtype(f"{norm}.weight")).items():
@@ -98,7 +98,7 @@ class Rotating(Restructuring):
 
     def _shortcuts(self, index: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The matrices that lead past the halves of a layer."""
-        if self._shared:
+        if self._one_basis:
             return {}
         prefix = self._stream.prefix(index)
         return {
@@ -155,4 +155,4 @@ class Rotating(Restructuring):
 
     def _hidden(self) -> dict[str, Any]:
         """Dimensions of the hidden state, and whether one basis serves all layers."""
-        return {"before": self._stream.hidden, "after": self._rotation_plan.width, "shared": self._shared}
+        return {"before": self._stream.hidden, "after": self._rotation_plan.width, "shared": self._one_basis}

@@ -25,7 +25,7 @@ MIB = 2**20
 
 def situation(monkeypatch: pytest.MonkeyPatch, free: int) -> tuple[Situation, Job]:
     """Four batches of 1024 tokens on the demo model's layers, and so much free memory."""
-    monkeypatch.setattr(forecast, "free", lambda device: free)
+    monkeypatch.setattr(forecast, "within_reach", lambda device: free)
     job = Job(
         load_recipe(None, {"model": str(DEMO), "method": "sparsegpt", "sparsity": 0.5, **TEXT}), None, None, None, None
     )

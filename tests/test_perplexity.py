@@ -293,7 +293,7 @@ def test_auto_batch_fits_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch
     windows = cut(model, tokenizer, "demo", seqlen=32, max_windows=4)
     one = 3 * 4 * 32 * model.config.vocab_size  # float32 logits of a window, three times
     for free, expected in ((10 * one, 5), (one, 1), (0, 1), (10**15, 64)):
-        monkeypatch.setattr(perplexity, "free", lambda device, free=free: free)
+        monkeypatch.setattr(perplexity, "unused", lambda device, free=free: free)
         assert perplexity.fitting([model], windows, "auto") == expected
         assert perplexity.fitting([model, model], windows, "auto") == max(1, min(64, free // 2 // (2 * one)))
     monkeypatch.undo()

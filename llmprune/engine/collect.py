@@ -171,8 +171,8 @@ class Collector:
                 else:
                     # what the block lacks holds all that has moved: these inputs are compared with themselves
                     gated_TI = self._routed.tokens_of(product.index)[1].float()[:, None] * product.x_TI
-                    lack_TO = self._routed.share_of(product.index, lack_TO)
-                    stats = sums.update(batch, gated_TI, gated_TI, lack_TO)
+                    share_TO = self._routed.share_of(product.index, lack_TO)
+                    stats = sums.update(batch, gated_TI, gated_TI, share_TO)
                 if not bool(torch.isfinite(stats.square_sums_I).all()):
                     self._check_weights()
                     raise RunError(_not_finite(product.x_TI, product.name, batch))

@@ -7,10 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
-from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.sequential import UnitMethod, Way
 from llmprune.solvers.groups import damped
 from llmprune.statistics import GRAM
 
@@ -34,10 +32,7 @@ class MoDeGPT(UnitMethod):
         "one layer, two square matrices of its inner width in float64, and the new o and down matrices of all layers"
     )
 
-    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, self._way())
-
-    def _way(self) -> Way:
+    def way(self) -> Way:
         return Way(self.score, "least-squares", damping=self.damping, kinds=frozenset({GRAM}))
 
     def score(self, evidence: Evidence) -> torch.Tensor:
