@@ -34,6 +34,8 @@ errors = Console(stderr=True, highlight=False)
 
 # Arguments of `api.prune` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "tokenizer", "resume", "overwrite", "dry_run", "reporter")
+# Commands that several processes can share.
+SHARED = ("prune", "recover")
 # What to do after a run that broke off, by command.
 HINTS = {
     "prune": "\nwhat is finished is kept; run the same command with --resume to go on",
@@ -261,7 +263,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
-    if ranks.launched() and sys.argv[1:] and sys.argv[1] != "prune":
+    if ranks.launched() and sys.argv[1:] and sys.argv[1] not in SHARED:
         _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
     hint = HINTS.get("".join(sys.argv[1:2]), "")
     try:

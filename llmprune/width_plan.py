@@ -82,8 +82,9 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     # where heads become zeros, any number of them may
     heads = room.heads or range(1, max((one.size for one in units.values() if one.kind in HEADS), default=1))
     demand = Demand(losing, _parameters_to_go(model, roles, recipe), heads, settings.round_to)
+    # called when the plan is there
     asked = _asked(roles, units, demand, spread, lambda names: _check_biases(plan, names))
-    plan = WidthPlan(
+    plan: WidthPlan = WidthPlan(
         model,
         config,
         roles,
@@ -142,8 +143,10 @@ def _kinds(roles: Roles, room: Room, wanted: Sequence[str]) -> Sequence[str]:
 def _parameters_to_go(model: PreTrainedModel, roles: Roles, recipe: Recipe) -> int:
     """How many parameters are to go, at least."""
     if recipe.ratio is not None:
-        return round(recipe.ratio * sum(one.numel() for one in model.get_submodule(roles.path).parameters()))
-    whole, wanted = sum(one.numel() for one in model.parameters()), recipe.params or 0
+        layers: int = sum(one.numel() for one in model.get_submodule(roles.path).parameters())
+        return round(recipe.ratio * layers)
+    whole: int = sum(one.numel() for one in model.parameters())
+    wanted = recipe.params or 0
     if not 0 < wanted < whole:
         raise UserError(f"params {wanted:,.0f} must lie between 0 and {whole:,}, which the model has")
     return whole - int(wanted)

@@ -78,7 +78,7 @@ def rising(demand: Demand, scores: Scores) -> dict[Place, int]:
     first = 0.5 * demand.share
     slope = (demand.share - first) / (sum(steps) / len(steps)) if any(steps) else 0.0
     shares = {layer: first + slope * step for layer, step in zip(layers, steps, strict=True)}
-    return _completed(demand, {place: shares[place[0]] for place in demand.units})
+    return _completed(demand, {(layer, kind): shares[layer] for layer, kind in demand.units if layer is not None})
 
 
 def pooled(demand: Demand, scores: Scores) -> dict[Place, int]:

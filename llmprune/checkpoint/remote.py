@@ -78,12 +78,14 @@ def trusted(folder: str | Path, asked: bool) -> bool:
         return True
     path = Path(folder)
     try:
-        auto_map = json.loads((path / "config.json").read_text()).get("auto_map")
+        config = json.loads((path / "config.json").read_text())
         text = (path / FILE).read_text()
     except (OSError, ValueError):
         return False
     names = re.findall(r"^class Pruned(\w+)\(", text, re.MULTILINE)
-    return len(names) == 2 and auto_map == _auto_map(*names) and text == _text(*names)
+    if len(names) != 2 or not isinstance(config, dict):
+        return False
+    return config.get("auto_map") == _auto_map(*names) and text == _text(*names)
 
 
 def _text(config: str, model: str) -> str:
