@@ -18,16 +18,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
-from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
-from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
-from llmprune.engine.gradient_store import Gradients
+from llmprune.engine.gradient_store import Gradients, check_gradients
 from llmprune.engine.share import Share
 from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
 from llmprune.forecast import Forecast, as_record
@@ -42,7 +40,7 @@ from llmprune.progress import Reporter
 from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.result import Result
-from llmprune.statistics import OF_WEIGHTS, TURNED
+from llmprune.statistics import OF_WEIGHTS, of_text
 from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
@@ -71,7 +69,7 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        reads = bool(self.method.needs) or entry(allocation_of(recipe)).measures
+        reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures
         self.tokens = self._read_tokens() if reads else None
         self.share = self._shared()
         self.forecast: Forecast | None = None
@@ -89,13 +87,7 @@ class Job:
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
         if self.method.needs & OF_WEIGHTS:
-            refuse_shared_layers(self.config)
-            if len(plan.units) > len(find_units(self.model, head=False)):
-                raise UserError(f"{self.recipe.method!r} takes gradients in decoder layers: leave out the output head")
-            if self.dtype == torch.float16:
-                raise UserError(f"gradients underflow in float16, so {self.recipe.method!r} needs another engine.dtype")
-            if TURNED in self.method.needs and self.dtype != torch.float32:
-                raise UserError(f"{self.recipe.method!r} takes differences of gradients: set engine.dtype to float32")
+            check_gradients(self.recipe.method, self.method.needs, self.model, plan.units)
         return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
@@ -200,11 +192,14 @@ class Job:
     @cached_property
     def _gradients(self) -> Gradients:
         """Of the dense model, for the method's score; made when they are first asked for."""
-        assert self.tokens is not None
         weights = self._weights(writing=False)
-        batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
+        (kind,) = self.method.needs & OF_WEIGHTS
+        sequences = [torch.zeros(1, 1, dtype=torch.int64)]
+        if of_text(frozenset({kind})):
+            assert self.tokens is not None
+            sequences = self.tokens.batches(1)
+        batches = [{"input_ids": one.to(self.device)} for one in sequences]
         with torch.no_grad(), self.prepared(weights):
-            (kind,) = self.method.needs & OF_WEIGHTS
             return Gradients(self.model, self.plan.units, batches, weights, self.plan.specs(), kind)
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:

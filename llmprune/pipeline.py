@@ -21,7 +21,7 @@ from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
+from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats, of_text
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
@@ -198,7 +198,7 @@ class Pruning:
         started = time.perf_counter()
         give_back()  # what the forward, or the matrix before, has freed
         budget = self._plan.budgets[spec.name]
-        unseen = stats is None and bool(self._method.needs)
+        unseen = stats is None and of_text(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
         dense_OI = read_matrix(unit, spec)
         if not bool(torch.isfinite(dense_OI).all()):

@@ -16,11 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from llmprune.arch.discover import Unit
+from llmprune.arch.discover import Unit, expert_blocks, find_units
+from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.engine.flow import flow_gradients
 from llmprune.engine.gradients import loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
-from llmprune.statistics import REGIONAL, TURNED
-from llmprune.types import Gradient, MatrixSpec
+from llmprune.statistics import FLOW, REGIONAL, TURNED
+from llmprune.types import Gradient, MatrixSpec, UserError
 from llmprune.weights import Loads
 
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
@@ -28,10 +30,25 @@ from llmprune.weights import Loads
 STEP = 1e-3
 
 
+def check_gradients(name: str, kinds: frozenset[str], model: PreTrainedModel, units: list[Unit]) -> None:
+    """Whether the method `name`, which needs `kinds`, can take gradients in these units; raises UserError."""
+    refuse_shared_layers(model.config)
+    if len(units) > len(find_units(model, head=False)):
+        raise UserError(f"{name!r} takes gradients in decoder layers: leave out the output head")
+    if FLOW in kinds:
+        if any(True for unit in units for _ in expert_blocks(unit.module)):
+            raise UserError(f"{name!r} follows one input, and a router sends that to few of the experts")
+        return
+    if model.dtype == torch.float16:
+        raise UserError(f"gradients underflow in float16, so {name!r} needs another engine.dtype")
+    if TURNED in kinds and model.dtype != torch.float32:
+        raise UserError(f"{name!r} takes differences of gradients: set engine.dtype to float32")
+
+
 class Gradients:
     """What `types.Gradient` says of some matrices, all of it taken when this is made.
 
-    `batches`: one sequence each. `kind`: of `statistics.OF_WEIGHTS`. `weights`: the dense ones.
+    `batches`: one sequence each; for `FLOW` a single token, whose identity does not matter. `kind`: of `statistics.OF_WEIGHTS`. `weights`: the dense ones.
     """
 
     def __init__(
@@ -53,7 +70,7 @@ class Gradients:
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
         weight_squares = gradient_squares = 0.0
-        passes = regional_gradients if kind == REGIONAL else loss_gradients
+        passes = {REGIONAL: regional_gradients, FLOW: flow_gradients}.get(kind, loss_gradients)
         for index, found in passes(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})

@@ -12,7 +12,7 @@ from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
 from llmprune.methods.weight.scored import Scored
 from llmprune.recipe import Recipe, nearest
 from llmprune.scores import SCORES, Score
-from llmprune.statistics import GRADIENTS, TURNED
+from llmprune.statistics import OF_WEIGHTS
 from llmprune.types import UserError
 
 METHODS = {
@@ -89,6 +89,7 @@ PRESETS = {
     "lm": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:2006.12421"),
     "qm": Preset("scored", allocation="global", options={"score": "quadratic"}, paper="arXiv:2006.12421"),
     "grasp": Preset("scored", allocation="global", options={"score": "grasp"}, paper="arXiv:2002.07376"),
+    "synflow": Preset("scored", allocation="global", options={"score": "synflow"}, paper="arXiv:2006.05467"),
     "gblm": Preset("scored", options={"score": "gblm"}, paper="arXiv:2311.04902"),
     "pruner-zero": Preset("scored", options={"score": "pruner-zero"}, paper="arXiv:2406.02924"),
     "wanda++": Preset("scored", reconstruct=3, options={"score": "regional"}, paper="arXiv:2503.04992"),
@@ -114,7 +115,7 @@ def score_of(method: Any) -> Score:
     """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
     method = method.method if isinstance(method, Composed) else method
     score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
-    return score if score.needs <= {GRADIENTS, TURNED} else SCORES["magnitude"]
+    return score if score.needs <= OF_WEIGHTS else SCORES["magnitude"]
 
 
 def method_of(recipe: Recipe) -> Any:
