@@ -87,7 +87,7 @@ class Job:
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
         if self.method.needs & OF_WEIGHTS:
-            check_gradients(self.recipe.method, self.method.needs, self.model, plan.units)
+            check_gradients(self.recipe.method, self.method.needs, self.model, plan.units, self.device)
         return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:

@@ -1,13 +1,16 @@
 """Gradients of all matrices of a model, on disk until a matrix is scored.
 
-They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's.
+They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's, 34
+with those of a block Fisher.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,9 @@ from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.engine.flow import flow_gradients
 from llmprune.engine.gradients import loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
-from llmprune.statistics import FLOW, REGIONAL, TURNED
-from llmprune.types import Gradient, MatrixSpec, UserError
+from llmprune.memory import within_reach
+from llmprune.statistics import FISHER, FLOW, REGIONAL, TURNED
+from llmprune.types import FISHER_BLOCK, Gradient, MatrixSpec, UserError
 from llmprune.weights import Loads
 
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
@@ -30,7 +34,9 @@ from llmprune.weights import Loads
 STEP = 1e-3
 
 
-def check_gradients(name: str, kinds: frozenset[str], model: PreTrainedModel, units: list[Unit]) -> None:
+def check_gradients(
+    name: str, kinds: frozenset[str], model: PreTrainedModel, units: list[Unit], device: torch.device
+) -> None:
     """Whether the method `name`, which needs `kinds`, can take gradients in these units; raises UserError."""
     refuse_shared_layers(model.config)
     if len(units) > len(find_units(model, head=False)):
@@ -41,8 +47,25 @@ def check_gradients(name: str, kinds: frozenset[str], model: PreTrainedModel, un
         return
     if model.dtype == torch.float16:
         raise UserError(f"gradients underflow in float16, so {name!r} needs another engine.dtype")
+    if FISHER in kinds:
+        _check_room(name, units, device)
     if TURNED in kinds and model.dtype != torch.float32:
         raise UserError(f"{name!r} takes differences of gradients: set engine.dtype to float32")
+
+
+def _check_room(name: str, units: list[Unit], device: torch.device) -> None:
+    """Whether the block Fisher of the largest layer fits into memory, and that of all on the disk; raises UserError."""
+    layers = [sum(spec.count for spec in unit.matrices) for unit in units]
+    folder = tempfile.gettempdir()
+    for where, needed, free in (
+        (f"{device} has", max(layers) * (FISHER_BLOCK + 4) * 4, within_reach(device)),
+        (f"{folder} has", sum(layers) * (FISHER_BLOCK + 2) * 4, shutil.disk_usage(folder).free),
+    ):
+        if needed > free:
+            raise UserError(
+                f"{name!r} keeps {FISHER_BLOCK} products of gradients a weight, {needed / 2**30:.1f} GiB: {where} "
+                f"{free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use 'fisher', which keeps their diagonal"
+            )
 
 
 class Gradients:
@@ -61,7 +84,8 @@ class Gradients:
         kind: str,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
-        self._units, self._samples, self._turned = units, len(batches), kind == TURNED
+        self._units, self._samples = units, len(batches)
+        self._kinds = ["mean", "squares", *({TURNED: ["turned"], FISHER: ["blocks"]}.get(kind, []))]
         self._layer_of = {
             spec.parameter: index
             for index, unit in enumerate(units)
@@ -70,14 +94,16 @@ class Gradients:
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
         weight_squares = gradient_squares = 0.0
-        passes = {REGIONAL: regional_gradients, FLOW: flow_gradients}.get(kind, loss_gradients)
-        for index, found in passes(Trunk(model, units, batches, weights), names):
+        passes = {REGIONAL: regional_gradients, FLOW: flow_gradients, FISHER: partial(loss_gradients, blocks=True)}
+        for index, found in passes.get(kind, loss_gradients)(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})
+            if kind == FISHER:
+                self._save("blocks", index, {name: one.blocks_RNBB for name, one in found.items()})
             gradient_squares += sum(float(one.mean_OI.double().square().sum()) for one in found.values())
             held = (units[index].module.get_parameter(name).detach() for name in found)
             weight_squares += sum(float(one.double().square().sum()) for one in held)
-        if self._turned and gradient_squares > 0:
+        if kind == TURNED and gradient_squares > 0:
             step = STEP * math.sqrt(weight_squares / gradient_squares)
             ahead, behind = (Trunk(model, units, batches, _Moved(weights, self, way * step)) for way in (1, -1))
             for index, found in loss_gradients(ahead, names):
@@ -93,10 +119,11 @@ class Gradients:
 
     def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
         """Those of one matrix, outputs x inputs."""
-        kinds = ("mean", "squares", "turned") if self._turned else ("mean", "squares")
-        read = (self.read(kind, spec.parameter, spec.index).to(device) for kind in kinds)
-        mean, squares, *turned = (one.T if spec.transposed else one for one in read)
-        return Gradient(mean, squares, self._samples, turned[0] if turned else None)
+        read = {kind: self.read(kind, spec.parameter, spec.index).to(device) for kind in self._kinds}
+        blocks_RNBB = read.pop("blocks", None)
+        mean_OI, squares_OI, *turned = (one.T if spec.transposed else one for one in read.values())
+        found_OI = turned[0] if turned else None
+        return Gradient(mean_OI, squares_OI, self._samples, found_OI, blocks_RNBB, by_columns=bool(spec.transposed))
 
     def read(self, kind: str, parameter: str, index: int | None = None) -> torch.Tensor:
         """One of the stored values of a parameter, or of a slice of it, as it is laid out."""
@@ -104,7 +131,7 @@ class Gradients:
             found: torch.Tensor = file.get_tensor(parameter) if index is None else file.get_slice(parameter)[index]
         return found
 
-    def _save(self, kind: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    def _save(self, kind: str, layer: int, tensors: dict[str, Any]) -> None:
         prefix = self._units[layer].prefix
         save_file({prefix + name: one.contiguous() for name, one in tensors.items()}, self._path(kind, layer))
 
