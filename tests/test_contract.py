@@ -22,7 +22,8 @@ from llmprune.solvers.swaps import swaps
 from llmprune.statistics import DRIFT, GRAM, KINDS, Stats
 from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern, in_blocks
 
-NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
+WEIGHT = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
+NAMES = [name for name in WEIGHT if method_class(name).output == "plain"]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
 NOT_IDEMPOTENT = {"admm", "alps", "auto"}
 # Its scores are of either sign, so that a weight that is gone, with its 0, is not the lowest.

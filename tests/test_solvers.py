@@ -449,7 +449,7 @@ def test_sds_is_sparsegpt_on_the_redensed_weights(budget: Budget) -> None:
     pattern = {"keep": budget.pattern.keep, "group": budget.pattern.group, "sparsity": budget.sparsity}
     gram_II = stats.gram_II.double().numpy()
     first = oracles.sparsegpt(weight_OI.numpy(), gram_II, **pattern)
-    dense_OI = redense(weight_OI, torch.from_numpy(first.pruned_OI), scaled(stats.gram_lower_II, 0.01), 1.0)
+    dense_OI = redense(weight_OI, torch.from_numpy(first.pruned_OI), scaled(stats.gram_lower_II, 0.01), 3.0)
     second = oracles.sparsegpt(dense_OI.numpy(), gram_II, **pattern)
     found = method_of(Recipe(method="sds")).solve(Matrix("m", weight_OI), stats, budget)
     assert np.array_equal(found.pruned_OI.numpy(), second.pruned_OI)

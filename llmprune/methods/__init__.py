@@ -26,6 +26,7 @@ METHODS = {
     "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
     "admm": "llmprune.methods.weight.admm:Admm",
     "sds": "llmprune.methods.weight.sds:Sds",
+    "losparse": "llmprune.methods.weight.losparse:LoSparse",
     "obert": "llmprune.methods.weight.obert:Obert",
     "chita": "llmprune.methods.weight.chita:Chita",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
@@ -134,7 +135,11 @@ def method_of(recipe: Recipe) -> Any:
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
     refine, update = (None if one == "none" else one for one in (refine, update))
-    return Composed(method, refine, update, strength) if refine or update or strength else method
+    if not (refine or update or strength):
+        return method
+    if method.output != "plain":
+        raise UserError(f"{recipe.method!r} has no mask to refine or update: leave out refine, update and retarget")
+    return Composed(method, refine, update, strength)
 
 
 def method_class(name: str) -> Any:

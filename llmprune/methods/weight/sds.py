@@ -23,7 +23,7 @@ class Sds:
     """
 
     damping: float = 0.01
-    penalty: float = 1.0
+    penalty: float = 3.0
 
     kind: ClassVar[str] = "weight"
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
