@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def test_each_part_is_the_best_for_the_other_and_turns_only_help() -> None:
         b_OR, a_RI, sparse_OI, _ = LoSparse(iterations=turns).parts(weight_OI, Budget(0.6))
         rest = (weight_OI - sparse_OI).double().numpy()
         low = (b_OR @ a_RI).double().numpy()
-        error = np.linalg.norm(rest - low)
+        error = float(np.linalg.norm(rest - low))
         assert error <= last * (1 + 1e-6)
         last = error
     # nothing of that rank is closer to what the sparse part leaves (Eckart and Young), once it has settled
@@ -59,7 +60,8 @@ def test_a_matrix_that_is_such_a_sum_comes_back() -> None:
 
 def test_the_split_adds_up_to_the_sum(tmp_path: Path) -> None:
     for layout in ("llama", "gpt2"):
-        folder, asked = tmp_path / layout, {"method": "losparse", "sparsity": 0.5}
+        folder = tmp_path / layout
+        asked: dict[str, Any] = {"method": "losparse", "sparsity": 0.5}
         model = tiny.save(layout, folder / "model")
         whole = llmprune.prune(model, out=folder / "sum", **asked)
         split = llmprune.prune(model, out=folder / "split", split=True, **asked)

@@ -19,10 +19,10 @@ from llmprune.types import Budget, Matrix, MatrixSpec
 
 STEP = 0.05  # weights between two levels, as a share of those of the average matrix
 REACH = 6  # levels above and below the budget
-GENERATIONS = 40
-OFFSPRING = 16
-SURVIVORS = 3  # of them are compared with their parent on more text
-FEW, MANY = 4, 32  # sequences of the calibration text in the first comparison and the second
+GENERATIONS = 25
+OFFSPRING = 12
+SURVIVORS = 2  # of them are compared with their parent on more text
+FEW, MANY = 4, 16  # sequences of the calibration text in the first comparison and the second
 SEED = 0
 
 # The divergences of some choices of a level for each matrix, on so many sequences.
@@ -86,13 +86,14 @@ def evolve(fitness: Fitness, zeros: Sequence[Sequence[int]], rng: random.Random)
     gives way only to one that is better on `MANY` sequences.
     """
     parent = [len(line) // 2 for line in zeros]
+    (held,) = fitness([parent], MANY)
     for _ in range(GENERATIONS):
         offspring = [_mutated(parent, zeros, rng) for _ in range(OFFSPRING)]
         few = fitness(offspring, FEW)
-        best = sorted(range(OFFSPRING), key=few.__getitem__)[:SURVIVORS]
-        finalists = [parent, *(offspring[one] for one in best)]
-        many = fitness(finalists, MANY)
-        parent = finalists[many.index(min(many))]
+        finalists = sorted(range(OFFSPRING), key=few.__getitem__)[:SURVIVORS]
+        many = fitness([offspring[one] for one in finalists], MANY)
+        if min(many) < held:
+            held, parent = min(many), offspring[finalists[many.index(min(many))]]
     return parent
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,15 @@ from transformers import PreTrainedModel
 from llmprune.arch.discover import Unit, expert_blocks, find_units
 from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.engine.flow import flow_gradients
-from llmprune.engine.gradients import loss_gradients, regional_gradients
+from llmprune.engine.gradients import Found, loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.memory import within_reach
 from llmprune.statistics import FISHER, FLOW, REGIONAL, TURNED
 from llmprune.types import FISHER_BLOCK, Gradient, MatrixSpec, UserError
 from llmprune.weights import Loads
 
+# Takes gradients of the named parameters of every layer.
+Passes = Callable[[Trunk, Sequence[Sequence[str]]], Iterator[tuple[int, Found]]]
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
 # with its square, but the share that float32 loses with its inverse.
 STEP = 1e-3
@@ -94,7 +96,11 @@ class Gradients:
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
         weight_squares = gradient_squares = 0.0
-        passes = {REGIONAL: regional_gradients, FLOW: flow_gradients, FISHER: partial(loss_gradients, blocks=True)}
+        passes: dict[str, Passes] = {
+            REGIONAL: regional_gradients,
+            FLOW: flow_gradients,
+            FISHER: partial(loss_gradients, blocks=True),
+        }
         for index, found in passes.get(kind, loss_gradients)(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})

@@ -50,7 +50,8 @@ class Chita:
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert matrix.gradient is not None
         start = Obert(self.damping).solve(matrix, stats, budget)
-        if not self.planned(*matrix.weight_OI.shape, budget):
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return start
         fisher = BlockFisher.of(matrix.gradient, self.damping)
         dense_NB, now_NB, pruned_OI = fisher.arrange(matrix.weight_OI), fisher.arrange(start.weight_OI), start.pruned_OI

@@ -61,7 +61,8 @@ class LoSparse:
         self, weight_OI: torch.Tensor, budget: Budget
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """B (O x R), A (R x I), S, and where S is zero (bool, O x I)."""
-        rank, zeros = self._sizes(*weight_OI.shape, budget)
+        outputs, inputs = weight_OI.shape
+        rank, zeros = self._sizes(outputs, inputs, budget)
         sparse_OI = torch.zeros_like(weight_OI)
         for _ in range(self.iterations):
             u_OK, size_K, v_KI = torch.linalg.svd(weight_OI - sparse_OI, full_matrices=False)

@@ -41,7 +41,8 @@ class Obert:
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert matrix.gradient is not None
-        if not self.planned(*matrix.weight_OI.shape, budget):
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return Edit.unchanged(matrix.weight_OI)
         fisher = BlockFisher.of(matrix.gradient, self.damping)
         weight_NB = fisher.arrange(matrix.weight_OI)

@@ -42,7 +42,8 @@ class Sds:
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None
         sparse = SparseGPT(self.damping).solve(matrix, stats, budget)
-        if not self.planned(*matrix.weight_OI.shape, budget):
+        outputs, inputs = matrix.weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return sparse
         dense_OI = redense(matrix.weight_OI, sparse.pruned_OI, stats.scaled(self.damping), self.penalty)
         # its loss is measured from the weights in between
