@@ -72,12 +72,6 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        if self._splits and (
-            self.checkpoint is None or out is None or any(s.index is not None for s in self.plan.specs())
-        ):
-            raise UserError(
-                "split stores an adapter beside a model: prune a folder into --out, without its fused experts"
-            )
         if recipe.permute:
             check_reordering(self.model, recipe.budget())
         reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
@@ -94,8 +88,11 @@ class Job:
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
         self.epochs = epochs_of(self.recipe)
-        self._splits = getattr(self.method, "split", False)
         self._allocator = allocator(allocation_of(self.recipe))
+
+    @property
+    def _splits(self) -> bool:
+        return bool(getattr(self.method, "split", False))
 
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
@@ -107,6 +104,9 @@ class Job:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        experts = any(spec.index is not None for spec in self.plan.specs())
+        if self._splits and (self.checkpoint is None or self.output is None or experts):
+            raise UserError("split stores an adapter beside a model: prune a folder into --out, without fused experts")
         self.budgets(self.recipe)
 
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:

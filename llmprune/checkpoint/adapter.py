@@ -21,7 +21,6 @@ def write_adapter(folder: Path, parts: Iterable[tuple[MatrixSpec, torch.Tensor, 
     """
     from peft import LoraConfig
 
-    folder.mkdir(exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     transposed = False
@@ -32,6 +31,7 @@ def write_adapter(folder: Path, parts: Iterable[tuple[MatrixSpec, torch.Tensor, 
             tensors[f"base_model.model.{module}.lora_A.weight"] = a_RI.cpu().contiguous()
             tensors[f"base_model.model.{module}.lora_B.weight"] = b_OR.cpu().contiguous()
         transposed = transposed or bool(spec.transposed)
+    folder.mkdir(exist_ok=True)
     config = LoraConfig(
         target_modules=list(ranks),
         rank_pattern=ranks,

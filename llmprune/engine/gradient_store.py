@@ -73,7 +73,8 @@ def _check_room(name: str, units: list[Unit], device: torch.device) -> None:
 class Gradients:
     """What `types.Gradient` says of some matrices, all of it taken when this is made.
 
-    `batches`: one sequence each; for `FLOW` a single token, whose identity does not matter. `kind`: of `statistics.OF_WEIGHTS`. `weights`: the dense ones.
+    `batches`: one sequence each; for `FLOW` a single token, whose identity does not matter. `kind`: of
+    `statistics.OF_WEIGHTS`. `weights`: the dense ones.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ from llmprune.plan import select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.searching.asked import recipe_at
-from llmprune.statistics import DRIFT, Stats
+from llmprune.statistics import DRIFT, OF_WEIGHTS, Stats
 from llmprune.types import Matrix, MatrixSpec, UserError
 from llmprune.weights import Streamed, swapped
 
@@ -26,11 +26,11 @@ from llmprune.weights import Streamed, swapped
 class Levels:
     """The layers of a model at each of some amounts, by one method: a file a layer and amount, of stored dtype.
 
-    A layer alone has exactly the weights of a run that prunes only this layer (schedule
-    `layer`); several together lack what a run adds, that later layers see the pruned ones before them.
+    A layer alone has exactly the weights of a run that prunes only this layer (schedule `layer`); several together lack
+    what a run adds, that later layers see the pruned ones before them.
 
-    `base`: the recipe but for the amount; `dense` gives the loaded model in which layers are put together. Raises UserError for a method whose solution depends on other layers, and
-    if the disk is too small.
+    `base`: the recipe but for the amount; `dense` gives the loaded model in which layers are put together. Raises
+    UserError for a method whose solution depends on other layers or on gradients, and if the disk is too small.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Levels:
     ) -> None:
         # the amount is only there to make it a whole recipe: it must not decide the fingerprint
         self._job = Job(base, None, None, None, None)
-        if DRIFT in self._job.method.needs or epochs_of(base):
+        if self._job.method.needs & (OF_WEIGHTS | {DRIFT}) or epochs_of(base):
             raise UserError(
-                f"{base.method!r} also needs the dense model's outputs, so its layers cannot be solved one by one; "
+                f"{base.method!r} also needs the dense model's outputs or gradients, so its layers cannot be solved one by one; "
                 "scan, or search for a budget, with a plain method such as admm or sparsegpt"
             )
         self._recipes = {amount: recipe_at(base, base.method, amount) for amount in amounts}
