@@ -69,7 +69,7 @@ class LoSparse:
             root_R = size_K[:rank].sqrt()
             b_OR, a_RI = u_OK[:, :rank] * root_R, root_R[:, None] * v_KI[:rank]
             rest_OI = weight_OI - b_OR @ a_RI
-            pruned_OI = masks.lowest(rest_OI.abs().view(1, -1), zeros).view_as(rest_OI)
+            pruned_OI = masks.lowest(rest_OI.abs().reshape(1, -1), zeros).view_as(rest_OI)
             sparse_OI = rest_OI.masked_fill(pruned_OI, 0)
         return b_OR, a_RI, sparse_OI, pruned_OI
 
