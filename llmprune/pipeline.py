@@ -252,7 +252,7 @@ class Pruning:
             achieved=achieved,
             error=lost,
             error_kind=kind,
-            tokens=stats.tokens if stats else 0 if self._method.needs else None,
+            tokens=stats.tokens if stats else 0 if of_text(self._method.needs) else None,
             notes=edit.notes,
         )
 

@@ -102,3 +102,10 @@ def test_synflow_needs_no_text_and_is_exact(tmp_path: Path) -> None:
     assert len({round(row["achieved"] / size, 2) for row, size in zip(report["tensors"], sizes, strict=True)}) > 1
     resident = llmprune.prune(tiny.build("llama"), method="synflow", sparsity=0.6).report
     assert [row["achieved"] for row in resident["tensors"]] == [row["achieved"] for row in report["tensors"]]
+
+
+def test_no_text_is_not_taken_for_unseen_experts(tmp_path: Path) -> None:
+    model = tiny.save("gpt2", tmp_path / "model")
+    report = llmprune.prune(model, method="synflow", sparsity=0.5, out=tmp_path / "out").report
+    assert all(row["tokens"] is None and "fallback" not in row["notes"] for row in report["tensors"])
+    assert not report["warnings"]
