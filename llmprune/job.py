@@ -33,7 +33,7 @@ from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
 from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
-from llmprune.measurement import Measurement
+from llmprune.measurement import Measurement, Scores, each_matrix
 from llmprune.memory import PeakMemory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning
@@ -43,8 +43,8 @@ from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.result import Result
 from llmprune.statistics import OF_WEIGHTS, TURNED
-from llmprune.types import Budget, Matrix, MatrixSpec, UserError
-from llmprune.weights import REST, Resident, Streamed, read_matrix
+from llmprune.types import Budget, MatrixSpec, UserError
+from llmprune.weights import REST, Resident, Streamed
 
 
 class Job:
@@ -119,7 +119,11 @@ class Job:
             with self.prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self.share)
 
-        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
+        def matrices() -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+            return each_matrix(self.plan, weights)
+
+        scores = Scores(score_of(self.method), matrices, measure, lambda: self._gradients)
+        return Dense(self.plan.layers(), matrices, scores.each, measure)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -228,22 +232,6 @@ class Job:
         finally:
             for module, was in training.items():
                 module.training = was
-
-    def _each_matrix(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
-        """Every chosen matrix with its weights, one unit in memory at a time."""
-        for unit in self.plan.units:
-            weights.load(unit)
-            for spec in unit.matrices:
-                if spec.name in self.plan.budgets:
-                    yield spec, read_matrix(unit, spec)
-            weights.free(unit)
-
-    def _each_score(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
-        score = score_of(self.method)
-        gradients = self._gradients if score.needs else None
-        for spec, weight_OI in self._each_matrix(weights):
-            gradient = gradients.of(spec, weight_OI.device) if gradients else None
-            yield spec, score.of(Matrix(spec.name, weight_OI, gradient))
 
     def _read_tokens(self) -> Tokens:
         settings = self.recipe.calibration

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
-from llmprune.engine.gradient_store import Gradients
+from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
@@ -22,7 +22,7 @@ from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
-from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
+from llmprune.types import Budget, Edit, MatrixSpec, Method, Outcome, RunError, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
 UNUSED = "no calibration token passed through it"
@@ -204,7 +204,7 @@ class Pruning:
         if not bool(torch.isfinite(dense_OI).all()):
             raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
         try:
-            edit = method.solve(self._matrix(spec, dense_OI), stats, budget)
+            edit = method.solve(with_gradients(self._gradients, spec, dense_OI), stats, budget)
         except RunError as error:
             raise RunError(f"{spec.name}: {error}") from error
         if unseen:
@@ -254,10 +254,6 @@ class Pruning:
         self._outcomes.append(outcome)
         self._seconds[outcome.name] = seconds
         self._reporter.matrix(outcome, seconds)
-
-    def _matrix(self, spec: MatrixSpec, dense_OI: torch.Tensor) -> Matrix:
-        gradient = self._gradients.of(spec, dense_OI.device) if self._gradients is not None else None
-        return Matrix(spec.name, dense_OI, gradient)
 
     def _check(self, spec: MatrixSpec, edit: Edit, planned: int, budget: Budget) -> None:
         """Fail the run if a method did not do what was planned."""

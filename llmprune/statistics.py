@@ -14,7 +14,7 @@ import torch
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
 from llmprune.kernels.product import product_nt
-from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled
+from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled, symmetric
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
@@ -24,7 +24,8 @@ KINDS = frozenset({GRAM, MOMENTS, DRIFT})
 GRADIENTS = "gradients"  # of the loss
 REGIONAL = "regional gradients"  # of the norm of the layer's own output
 TURNED = "gradients and Hessian"  # of the loss, and its Hessian times them
-OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED})
+CURVATURE = "gradients of outputs"  # sum over tokens of g g', O x O, g the gradient of the loss at a matrix's outputs
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED, CURVATURE})
 
 
 class Stats:
@@ -119,8 +120,7 @@ class Stats:
     @property
     def gram_II(self) -> torch.Tensor:
         """The full symmetric Gram matrix X'X (a fresh tensor)."""
-        lower_II = self.gram_lower_II
-        return lower_II.tril() + lower_II.tril(-1).T
+        return symmetric(self.gram_lower_II)
 
     @property
     def gram_lower_II(self) -> torch.Tensor:

@@ -48,6 +48,7 @@ class Data(NamedTuple):
     weight_OI: torch.Tensor
     stats: Stats
     gradient: Gradient
+    curvature_OO: torch.Tensor
 
 
 def data(outputs: int, inputs: int, seed: int = 0) -> Data:
@@ -60,12 +61,13 @@ def data(outputs: int, inputs: int, seed: int = 0) -> Data:
     for number in range(4):
         gradient.add(normal(outputs, inputs, seed=seed + 5 + number), 0.25)
     gradient.turned_OI = normal(outputs, inputs, seed=seed + 9)
-    return Data(normal(outputs, inputs, seed=seed + 4), stats, gradient)
+    at_outputs_TO = normal(3 * inputs, outputs, seed=seed + 10) * normal(outputs, seed=seed + 11).exp()
+    return Data(normal(outputs, inputs, seed=seed + 4), stats, gradient, at_outputs_TO.T @ at_outputs_TO)
 
 
 def run(name: str, made: Data, budget: Budget, refine: str, update: str, strength: float = 0.0) -> Edit:
     method = method_of(Recipe(method=name, refine=refine, update=update, retarget=strength))
-    return method.solve(Matrix("m", made.weight_OI, made.gradient), made.stats, budget)
+    return method.solve(Matrix("m", made.weight_OI, made.gradient, made.curvature_OO), made.stats, budget)
 
 
 def loss(made: Data, weight_OI: torch.Tensor) -> float:

@@ -1,13 +1,14 @@
 """Gradients of all matrices of a model, on disk until a matrix is scored.
 
-They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's.
+They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's;
+of the gradients at outputs, a square of the outputs for every matrix.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit
-from llmprune.engine.gradients import loss_gradients, regional_gradients
+from llmprune.engine.curvature import output_grams
+from llmprune.engine.gradients import Found, loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
-from llmprune.statistics import REGIONAL, TURNED
-from llmprune.types import Gradient, MatrixSpec
+from llmprune.statistics import CURVATURE, REGIONAL, TURNED
+from llmprune.types import Gradient, Matrix, MatrixSpec
 from llmprune.weights import Loads
 
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
@@ -29,7 +31,7 @@ STEP = 1e-3
 
 
 class Gradients:
-    """What `types.Gradient` says of some matrices, all of it taken when this is made.
+    """What `types.Matrix` says of some matrices beside their weights, all of it taken when this is made.
 
     `batches`: one sequence each. `kind`: of `statistics.OF_WEIGHTS`. `weights`: the dense ones.
     """
@@ -44,7 +46,7 @@ class Gradients:
         kind: str,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
-        self._units, self._samples, self._turned = units, len(batches), kind == TURNED
+        self._units, self._samples, self._kind = units, len(batches), kind
         self._layer_of = {
             spec.parameter: index
             for index, unit in enumerate(units)
@@ -52,15 +54,29 @@ class Gradients:
             if spec.parameter.startswith(unit.prefix)
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
+        if kind == CURVATURE:
+            for index, grams in output_grams(Trunk(model, units, batches, weights), names):
+                self._save("curvature", index, grams)
+        else:
+            self._take(model, batches, weights, names, regional_gradients if kind == REGIONAL else loss_gradients)
+
+    def _take(
+        self,
+        model: PreTrainedModel,
+        batches: list[dict[str, Any]],
+        weights: Loads,
+        names: list[list[str]],
+        passes: Callable[[Trunk, list[list[str]]], Iterator[tuple[int, Found]]],
+    ) -> None:
+        units = self._units
         weight_squares = gradient_squares = 0.0
-        passes = regional_gradients if kind == REGIONAL else loss_gradients
         for index, found in passes(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})
             gradient_squares += sum(float(one.mean_OI.double().square().sum()) for one in found.values())
             held = (units[index].module.get_parameter(name).detach() for name in found)
             weight_squares += sum(float(one.double().square().sum()) for one in held)
-        if self._turned and gradient_squares > 0:
+        if self._kind == TURNED and gradient_squares > 0:
             step = STEP * math.sqrt(weight_squares / gradient_squares)
             ahead, behind = (Trunk(model, units, batches, _Moved(weights, self, way * step)) for way in (1, -1))
             for index, found in loss_gradients(ahead, names):
@@ -74,18 +90,31 @@ class Gradients:
         """The parameters of a layer of which there are gradients."""
         return [name for name in self._layer_of if name.startswith(unit.prefix)]
 
+    def matrix(self, spec: MatrixSpec, weight_OI: torch.Tensor) -> Matrix:
+        """A matrix with all that is known of it."""
+        if self._kind != CURVATURE:
+            return Matrix(spec.name, weight_OI, self.of(spec, weight_OI.device))
+        with self._opened("curvature", spec.parameter) as file:
+            # an expert that no token reached bends nothing
+            known = spec.name in set(file.keys())
+            found = file.get_tensor(spec.name) if known else torch.zeros(len(weight_OI), len(weight_OI))
+        return Matrix(spec.name, weight_OI, curvature_OO=found.to(weight_OI.device))
+
     def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
-        """Those of one matrix, outputs x inputs."""
-        kinds = ("mean", "squares", "turned") if self._turned else ("mean", "squares")
+        """The gradients of one matrix, outputs x inputs."""
+        kinds = ("mean", "squares", "turned") if self._kind == TURNED else ("mean", "squares")
         read = (self.read(kind, spec.parameter, spec.index).to(device) for kind in kinds)
         mean, squares, *turned = (one.T if spec.transposed else one for one in read)
         return Gradient(mean, squares, self._samples, turned[0] if turned else None)
 
     def read(self, kind: str, parameter: str, index: int | None = None) -> torch.Tensor:
         """One of the stored values of a parameter, or of a slice of it, as it is laid out."""
-        with safe_open(self._path(kind, self._layer_of[parameter]), framework="pt") as file:
+        with self._opened(kind, parameter) as file:
             found: torch.Tensor = file.get_tensor(parameter) if index is None else file.get_slice(parameter)[index]
         return found
+
+    def _opened(self, kind: str, parameter: str) -> Any:
+        return safe_open(self._path(kind, self._layer_of[parameter]), framework="pt")
 
     def _save(self, kind: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
         prefix = self._units[layer].prefix
@@ -93,6 +122,11 @@ class Gradients:
 
     def _path(self, kind: str, layer: int) -> Path:
         return Path(self._folder.name) / f"{kind}.{layer}.safetensors"
+
+
+def with_gradients(gradients: Gradients | None, spec: MatrixSpec, weight_OI: torch.Tensor) -> Matrix:
+    """A matrix as a method or score sees it; without gradients where there are none."""
+    return Matrix(spec.name, weight_OI) if gradients is None else gradients.matrix(spec, weight_OI)
 
 
 class _Moved:

@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
-from llmprune.methods.weight.scored import Scored
 from llmprune.recipe import Recipe, nearest
 from llmprune.scores import SCORES, Score
-from llmprune.statistics import GRADIENTS, TURNED
+from llmprune.statistics import CURVATURE, GRADIENTS, TURNED
 from llmprune.types import UserError
 
 METHODS = {
@@ -25,6 +24,7 @@ METHODS = {
     "obc": "llmprune.methods.weight.obc:Obc",
     "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
     "admm": "llmprune.methods.weight.admm:Admm",
+    "k-fac": "llmprune.methods.weight.k_fac:KFAC",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
     "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
     "angular": "llmprune.methods.depth.angular:Angular",
@@ -45,6 +45,7 @@ METHODS = {
     "bonsai": "llmprune.methods.width.bonsai:Bonsai",
     "minitron": "llmprune.methods.width.minitron:Minitron",
     "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "llm-surgeon-structured": "llmprune.methods.width.llm_surgeon:LLMSurgeonStructured",
     "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
@@ -89,6 +90,7 @@ PRESETS = {
     "lm": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:2006.12421"),
     "qm": Preset("scored", allocation="global", options={"score": "quadratic"}, paper="arXiv:2006.12421"),
     "grasp": Preset("scored", allocation="global", options={"score": "grasp"}, paper="arXiv:2002.07376"),
+    "llm-surgeon": Preset("k-fac", allocation="global"),
     "gblm": Preset("scored", options={"score": "gblm"}, paper="arXiv:2311.04902"),
     "pruner-zero": Preset("scored", options={"score": "pruner-zero"}, paper="arXiv:2406.02924"),
     "wanda++": Preset("scored", reconstruct=3, options={"score": "regional"}, paper="arXiv:2503.04992"),
@@ -111,10 +113,10 @@ def allocation_of(recipe: Recipe) -> str:
 
 
 def score_of(method: Any) -> Score:
-    """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
+    """The score by which a method's weights compare over the whole model: its own if that is of the loss, else |w|."""
     method = method.method if isinstance(method, Composed) else method
-    score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
-    return score if score.needs <= {GRADIENTS, TURNED} else SCORES["magnitude"]
+    score: Score = getattr(method, "by", SCORES["magnitude"])
+    return score if score.needs <= {GRADIENTS, TURNED} or CURVATURE in score.needs else SCORES["magnitude"]
 
 
 def method_of(recipe: Recipe) -> Any:
