@@ -210,8 +210,16 @@ def test_units_cost_what_the_whole_fisher_matrix_says() -> None:
     assert trace.losses[0] == pytest.approx(min(losses), rel=1e-9)
 
 
-def test_the_structured_form_takes_the_channel_that_the_loss_misses_least() -> None:
+def with_uneven_outputs() -> PreTrainedModel:
+    """A model whose loss sees some directions of the hidden state much better than others."""
     model = tiny.build("llama")
+    model.model.norm.weight.data.mul_((2 * torch.randn(32, generator=torch.Generator().manual_seed(3))).exp())
+    model.model.layers[0].mlp.down_proj.weight.data[:, 1] *= 4  # by far the least otherwise
+    return model
+
+
+def test_the_structured_form_takes_the_channel_that_the_loss_misses_least() -> None:
+    model = with_uneven_outputs()
     ids = torch.cat([tiny.tokens(1, 20, seed=seed) for seed in range(4)])
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
@@ -228,7 +236,7 @@ def test_the_structured_form_takes_the_channel_that_the_loss_misses_least() -> N
     assert int(costs_I.argmin()) != int(plain_I.argmin())  # the case tells the two apart
     settings: dict[str, Any] = {"width": {"units": ["channel"], "round_to": 1}, "ratio": 0.005}
     result = llmprune.prune(
-        tiny.build("llama"), method="llm-surgeon-structured", calibration=ids.tolist(), **settings
+        with_uneven_outputs(), method="llm-surgeon-structured", calibration=ids.tolist(), **settings
     ).report
     kept = result["structure"]["units"][0]["kept"]
     assert len(kept) < 48 and int(costs_I.argmin()) not in kept

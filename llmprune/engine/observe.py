@@ -76,11 +76,13 @@ class Observe(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = [one for operands in _operands(func, args, kwargs or {}) if (one := list(self._products(*operands)))]
-        for products in found if self._seen is not None else ():
-            self._seen(products)
+        if self._seen is not None:
+            for products in found:
+                self._seen(products)
         returned = func(*args, **(kwargs or {}))
-        for products in found if self._made is not None else ():
-            self._made(products, returned)
+        if self._made is not None:
+            for products in found:
+                self._made(products, returned)
         return returned
 
     def _products(self, x: torch.Tensor, w_IO: torch.Tensor, turned: bool = False) -> Iterator[Product]:

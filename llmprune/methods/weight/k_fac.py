@@ -63,17 +63,17 @@ class KFAC:
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         assert stats is not None and matrix.curvature_OO is not None
         weight_OI = matrix.weight_OI
-        if not self.planned(*weight_OI.shape, budget):
+        outputs, inputs = weight_OI.shape
+        if not self.planned(outputs, inputs, budget):
             return Edit.unchanged(weight_OI)
         pruned_OI = masks.select(self._score(matrix, stats), budget, by="matrix")
-        outputs = scaled(matrix.curvature_OO, self.damping_outputs)
         new_OI = least_squares(
             weight_OI,
             pruned_OI,
             stats.scaled(self.damping),
             steps=self.iterations,
             tolerance=TOLERANCE,
-            outputs=outputs,
+            outputs=scaled(matrix.curvature_OO, self.damping_outputs),
         )
         return Edit(new_OI.masked_fill(pruned_OI, 0), pruned_OI)
 

@@ -59,6 +59,7 @@ class LLMSurgeonStructured(UnitMethod):
             lower_OO = grams.get(evidence.matrix)
             if lower_OO is None:  # an expert that the dense model sends no token to
                 return weight_OI
-            return torch.linalg.cholesky(damped(symmetric(lower_OO), self.damping_outputs)).T @ weight_OI
+            factor_OO: torch.Tensor = torch.linalg.cholesky(damped(symmetric(lower_OO), self.damping_outputs))
+            return factor_OO.T @ weight_OI
 
         return narrow(trunk, asked, replace(self.way(), weigh=weigh))
