@@ -209,6 +209,8 @@ class Pruning:
             raise RunError(f"{spec.name}: {error}") from error
         if unseen:
             edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
+        if stats is not None and stats.remark is not None:
+            edit.notes["statistics"] = stats.remark
         planned = method.planned(spec.outputs, spec.inputs, budget)
         self._check(spec, edit, planned, budget)
         dtype = self._weights.storage_dtype(spec.parameter)

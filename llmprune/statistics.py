@@ -42,6 +42,7 @@ class Stats:
         self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
         self._lack_OI: torch.Tensor | None = None
         self.paired = DRIFT in kinds
+        self.remark: str | None = None  # what the report should say of them
         self.whole = True  # False where another process has the sums over all of them
         self._derived: dict[Hashable, Any] = {}
 
