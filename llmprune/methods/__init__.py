@@ -45,6 +45,7 @@ METHODS = {
     "bonsai": "llmprune.methods.width.bonsai:Bonsai",
     "minitron": "llmprune.methods.width.minitron:Minitron",
     "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "k-prune": "llmprune.methods.width.k_prune:KPrune",
     "llm-surgeon-structured": "llmprune.methods.width.llm_surgeon:LLMSurgeonStructured",
     "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",

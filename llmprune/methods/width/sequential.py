@@ -241,7 +241,7 @@ class _Layer:
             return
         weight_OI = evidence.writer_OI
         if way.aim and not evidence.units.stacked and stats.paired:
-            weight_OI = retarget(weight_OI, stats.drift_II, stats.scaled(way.damping), way.aim)
+            weight_OI = retarget(weight_OI, stats.pull_OI(weight_OI), stats.scaled(way.damping), way.aim)
         new_OI = fold(weight_OI, damped(stats.gram_II, way.damping), gone_I)
         stored = values[writer.name]
         if evidence.units.stacked:
