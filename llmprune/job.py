@@ -36,7 +36,7 @@ from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement, Scores, each_matrix
 from llmprune.memory import PeakMemory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
-from llmprune.pipeline import Pruning
+from llmprune.pipeline import Pruning, fits_layers
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.ranks import current
@@ -83,6 +83,8 @@ class Job:
         if self.method.kind != "weight":
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
+        if fits_layers(self.method) and self.ranks.count > 1:
+            raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
         self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
 

@@ -22,7 +22,12 @@ from llmprune.solvers.swaps import swaps
 from llmprune.statistics import DRIFT, GRAM, KINDS, Stats
 from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern
 
-NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
+# Methods that go over whole layers are tested on layers (test_layers.py).
+NAMES = [
+    name
+    for name in (*METHODS, *PRESETS)
+    if method_class(name).kind == "weight" and not hasattr(method_class(name), "fit_layer")
+]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
 NOT_IDEMPOTENT = {"admm", "alps", "auto"}
 # Its scores are of either sign, so that a weight that is gone, with its 0, is not the lowest.

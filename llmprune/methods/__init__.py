@@ -23,6 +23,8 @@ METHODS = {
     "alps": "llmprune.methods.weight.alps:Alps",
     "obc": "llmprune.methods.weight.obc:Obc",
     "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
+    "besa": "llmprune.methods.weight.besa:BESA",
+    "sparsellm": "llmprune.methods.weight.sparsellm:SparseLLM",
     "admm": "llmprune.methods.weight.admm:Admm",
     "k-fac": "llmprune.methods.weight.k_fac:KFAC",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
@@ -133,7 +135,11 @@ def method_of(recipe: Recipe) -> Any:
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
     refine, update = (None if one == "none" else one for one in (refine, update))
-    return Composed(method, refine, update, strength) if refine or update or strength else method
+    if not (refine or update or strength):
+        return method
+    if hasattr(method, "fit_layer"):
+        raise UserError(f"{recipe.method!r} works on whole layers: refine, update and retarget are not for it")
+    return Composed(method, refine, update, strength)
 
 
 def method_class(name: str) -> Any:
