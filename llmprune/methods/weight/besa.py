@@ -33,7 +33,7 @@ class BESA:
     place of Prodigy; the distribution starts as a bell around the sparsity asked for; afterwards all rows are moved
     alike until the layer has exactly the zeros asked for, no row losing more than 99 %.
 
-    Memory: of one layer, the weights six times in float32, and the activations of one batch with autograd.
+    Memory: about ten float32 values a weight of one layer, and the activations of one batch with autograd.
 
     `rows`: whether every row has a sparsity of its own, or every matrix. `epochs`: times through all batches. `rate`:
     the step length. `seed`: of the order of the batches.
