@@ -23,10 +23,12 @@ from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
-from llmprune.types import Budget, Edit, MatrixSpec, Method, Outcome, RunError, UserError
+from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, Together, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
 UNUSED = "no calibration token passed through it"
+# devices that solving one matrix keeps busy: there, several at once take memory and gain nothing
+FILLED = ("cpu",)
 
 
 def fits_layers(method: Method) -> bool:
@@ -87,7 +89,7 @@ class Pruning:
             if unit.name not in self._finished:
                 self.enter(unit)
                 for spec in self._open(unit):
-                    self._prune(unit, spec, None)
+                    self._prune(unit, [spec], None)
                 self.finish(unit)
                 self.leave(unit)
 
@@ -111,11 +113,11 @@ class Pruning:
         # solvers make many small calls, which the modes that watch the forward would slow down
         with torch._C.DisableTorchFunction():
             specs = [self._settle_layout(one, transposed[one.name]) for one in self._open(unit) if one.name in stats]
-            for spec in specs:
+            for together in self._groups(unit, specs, stats):
                 # taken out, so that the last matrix that shares these statistics frees them
-                one = stats.pop(spec.name)
+                one, *_ = [stats.pop(spec.name) for spec in together]
                 if one.whole:
-                    self._prune(unit, spec, one)
+                    self._prune(unit, together, one)
             self._exchange(unit, specs)
 
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
@@ -143,9 +145,9 @@ class Pruning:
             raise RunError(f"{unit.name}: planned {before} zeros, the method made {after}")
         for name, edit in edits.items():
             solved, old = layer.matrices[name], self._outcomes[rows[name]]
-            edit.notes = {**old.notes, **edit.notes}
+            edit.notes = {key: one for key, one in old.notes.items() if key == "statistics"} | edit.notes
             planned = int(edit.pruned_OI.sum())
-            self._outcomes[rows[name]] = self._store(unit, solved.spec, solved.dense_OI, edit, solved.stats, planned)
+            self._outcomes[rows[name]] = self._store(unit, solved.spec, solved.dense_OI, edit, planned, solved.stats)
 
     def _fit_weights(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
         """Fit the kept weights to the dense outputs by gradient."""
@@ -225,38 +227,51 @@ class Pruning:
             del self._plan.budgets[spec.name]
             self._reporter.warn(f"{spec.name} is left dense: {UNUSED}")
         else:
-            self._prune(unit, spec, None)
+            self._prune(unit, [spec], None)
 
-    def _prune(self, unit: Unit, spec: MatrixSpec, stats: Stats | None) -> None:
+    def _groups(self, unit: Unit, specs: list[MatrixSpec], stats: dict[str, Stats]) -> list[list[MatrixSpec]]:
+        """The matrices that are solved at once: those that share an input and a budget, where method and device gain."""
+        if not isinstance(self._method, Together) or next(unit.module.parameters()).device.type in FILLED:
+            return [[spec] for spec in specs]
+        groups: dict[tuple[int, Budget], list[MatrixSpec]] = {}
+        for spec in specs:
+            groups.setdefault((id(stats[spec.name]), self._plan.budgets[spec.name]), []).append(spec)
+        return list(groups.values())
+
+    def _prune(self, unit: Unit, specs: list[MatrixSpec], stats: Stats | None) -> None:
         started = time.perf_counter()
-        give_back()  # what the forward, or the matrix before, has freed
-        budget = self._plan.budgets[spec.name]
+        give_back()  # what the forward, or the matrices before, have freed
+        budget = self._plan.budgets[specs[0].name]
         unseen = stats is None and bool(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
-        dense_OI = read_matrix(unit, spec)
-        if not bool(torch.isfinite(dense_OI).all()):
-            raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
+        matrices = [self._matrix(unit, spec) for spec in specs]
         try:
-            edit = method.solve(with_gradients(self._gradients, spec, dense_OI), stats, budget)
+            if len(specs) > 1 and isinstance(method, Together):
+                edits = method.solve_together(matrices, stats, budget)
+            else:
+                edits = [method.solve(one, stats, budget) for one in matrices]
         except RunError as error:
-            raise RunError(f"{spec.name}: {error}") from error
-        if unseen:
-            edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
-        if stats is not None and fits_layers(method):
-            self._solved[spec.name] = Solved(spec, dense_OI, stats, budget)
-        if stats is not None and stats.remark is not None:
-            edit.notes["statistics"] = stats.remark
-        planned = method.planned(spec.outputs, spec.inputs, budget)
-        self._check(spec, edit, planned, budget)
-        outcome = self._store(unit, spec, dense_OI, edit, stats, planned)
-        outcome.tokens = 0 if unseen else outcome.tokens
-        self._note(unit, outcome, round(time.perf_counter() - started, 4))
+            raise RunError(f"{', '.join(spec.name for spec in specs)}: {error}") from error
+        shared = (time.perf_counter() - started) / len(specs)
+        for spec, matrix, edit in zip(specs, matrices, edits, strict=True):
+            started = time.perf_counter()
+            if unseen:
+                edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
+            if stats is not None and fits_layers(method):
+                self._solved[spec.name] = Solved(spec, matrix.weight_OI, stats, budget)
+            if stats is not None and stats.remark is not None:
+                edit.notes["statistics"] = stats.remark
+            planned = method.planned(spec.outputs, spec.inputs, budget)
+            self._check(spec, edit, planned, budget)
+            outcome = self._store(unit, spec, matrix.weight_OI, edit, planned, stats)
+            self._note(unit, outcome, round(shared + time.perf_counter() - started, 4))
 
     def _store(
-        self, unit: Unit, spec: MatrixSpec, dense_OI: torch.Tensor, edit: Edit, stats: Stats | None, planned: int
+        self, unit: Unit, spec: MatrixSpec, dense_OI: torch.Tensor, edit: Edit, planned: int, stats: Stats | None
     ) -> Outcome:
-        """Put new weights in place, as they will be read back, which is what later layers see."""
+        """Put what became of a matrix where later layers see it."""
         dtype = self._weights.storage_dtype(spec.parameter)
+        # what later layers see is what will be read back: the weights as they are stored
         stored_OI = edit.weight_OI.to(dtype).masked_fill(edit.pruned_OI, 0)
         stored = stored_matrix(unit, spec)
         stored.copy_(stored_OI.T if spec.transposed else stored_OI)
@@ -267,8 +282,16 @@ class Pruning:
         extra = int((stored_OI == 0).sum()) - achieved
         if extra:
             edit.notes["zeros_beyond_plan"] = extra
-        tokens = stats.tokens if stats else None
-        return Outcome(spec.name, (spec.outputs, spec.inputs), planned, achieved, lost, kind, tokens, edit.notes)
+        return Outcome(
+            name=spec.name,
+            shape=(spec.outputs, spec.inputs),
+            planned=planned,
+            achieved=achieved,
+            error=lost,
+            error_kind=kind,
+            tokens=stats.tokens if stats else 0 if self._method.needs else None,
+            notes=edit.notes,
+        )
 
     def _exchange(self, unit: Unit, specs: list[MatrixSpec]) -> None:
         """Bring in those of the matrices that other processes have solved."""
@@ -289,6 +312,12 @@ class Pruning:
         self._outcomes.append(outcome)
         self._seconds[outcome.name] = seconds
         self._reporter.matrix(outcome, seconds)
+
+    def _matrix(self, unit: Unit, spec: MatrixSpec) -> Matrix:
+        dense_OI = read_matrix(unit, spec)
+        if not bool(torch.isfinite(dense_OI).all()):
+            raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
+        return with_gradients(self._gradients, spec, dense_OI)
 
     def _check(self, spec: MatrixSpec, edit: Edit, planned: int, budget: Budget) -> None:
         """Fail the run if a method did not do what was planned."""
