@@ -109,4 +109,4 @@ def halve_batches(job: Job, weights: Streamed | Resident, reporter: Reporter) ->
 
 
 def _schedule(job: Job) -> str:
-    return schedule_of(job.recipe, job.method.needs, job.epochs)
+    return schedule_of(job.recipe, job.method, job.epochs)

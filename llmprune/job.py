@@ -33,10 +33,10 @@ from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
 from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
-from llmprune.measurement import Measurement, compare
+from llmprune.measurement import Measurement, Scores, compare, each_matrix
 from llmprune.memory import PeakMemory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
-from llmprune.pipeline import Pruning
+from llmprune.pipeline import Pruning, fits_layers
 from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.ranks import current
@@ -44,8 +44,8 @@ from llmprune.recipe import Recipe
 from llmprune.reordering import Reordering, check_reordering, find_orders
 from llmprune.result import Result, warnings_of
 from llmprune.statistics import OF_WEIGHTS, of_text
-from llmprune.types import Budget, Matrix, MatrixSpec, UserError
-from llmprune.weights import REST, Resident, Streamed, read_matrix
+from llmprune.types import Budget, MatrixSpec, UserError
+from llmprune.weights import REST, Resident, Streamed
 
 
 class Job:
@@ -87,6 +87,8 @@ class Job:
         if self.method.kind != "weight":
             raise UserError(f"{self.recipe.method!r} is no method for weights")
         self.recipe.budget()
+        if fits_layers(self.method) and self.ranks.count > 1:
+            raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
         self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
 
@@ -130,8 +132,11 @@ class Job:
             with self.prepared(weights):
                 return compare(self.model, self.plan, weights, batches, variants, sequences)
 
-        values = (lambda: self._each_matrix(weights), lambda: self._each_score(weights))
-        return Dense(self.plan.layers(), *values, measure, diverge)
+        def matrices() -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+            return each_matrix(self.plan, weights)
+
+        scores = Scores(score_of(self.method), matrices, measure, lambda: self._gradients)
+        return Dense(self.plan.layers(), matrices, scores.each, measure, diverge)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -257,22 +262,6 @@ class Job:
             for module, was in training.items():
                 module.training = was
 
-    def _each_matrix(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
-        """Every chosen matrix with its weights, one unit in memory at a time."""
-        for unit in self.plan.units:
-            weights.load(unit)
-            for spec in unit.matrices:
-                if spec.name in self.plan.budgets:
-                    yield spec, read_matrix(unit, spec)
-            weights.free(unit)
-
-    def _each_score(self, weights: Streamed | Resident) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
-        score = score_of(self.method)
-        gradients = self._gradients if score.needs else None
-        for spec, weight_OI in self._each_matrix(weights):
-            gradient = gradients.of(spec, weight_OI.device) if gradients else None
-            yield spec, score.of(Matrix(spec.name, weight_OI, gradient))
-
     def _read_tokens(self) -> Tokens:
         settings = self.recipe.calibration
         if self._data is not None:
@@ -300,7 +289,7 @@ class Job:
         if self.folder is not None:
             copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
             if self._splits:
-                matrices = self._each_matrix(self._weights(writing=False))
+                matrices = each_matrix(self.plan, self._weights(writing=False))
                 parts = ((s, *self.method.parts(w, self.plan.budgets[s.name])[:2]) for s, w in matrices)
                 write_adapter(folder / FOLDER, parts)
         else:

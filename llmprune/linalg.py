@@ -90,6 +90,11 @@ def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
     return Scaled(matrix_II, scale_I)
 
 
+def symmetric(lower_II: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix of which the lower triangle is valid, in full: a fresh tensor."""
+    return lower_II.tril() + lower_II.tril(-1).T
+
+
 def inverse(matrix_II: torch.Tensor, shift: float) -> torch.Tensor:
     """Inverse of `matrix_II + shift * I`, symmetric positive definite; float64 if float32 fails, else RunError."""
     shifted_II = matrix_II.to(torch.float32, copy=True)

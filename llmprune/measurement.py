@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.allocation import Measured
+from llmprune.allocation import Measure, Measured, Values
 from llmprune.arch.discover import Unit, find_units
 from llmprune.engine import schedule
 from llmprune.engine.divergence import Variant, divergences
+from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
-from llmprune.statistics import Stats
+from llmprune.scores import Score
+from llmprune.statistics import OF_WEIGHTS, Stats
 from llmprune.types import MatrixSpec, UserError
 from llmprune.weights import Weights, read_matrix
 
@@ -94,3 +99,54 @@ def compare(
             "an allocation that runs the decoder layers takes amounts of them alone: leave out the output head"
         )
     return divergences(Trunk(model, units, batches, weights).first(sequences), variants)
+
+
+class Scores:
+    """What every chosen weight matters in the dense model, by a score.
+
+    One that reads inputs is measured once, and kept on disk as a float32 a weight (TMPDIR); any other is made anew each
+    time. `matrices` goes through the weights, `measure` runs the text through the model, `gradients` are taken when
+    they are first asked for.
+    """
+
+    def __init__(self, score: Score, matrices: Values, measure: Measure, gradients: Callable[[], Gradients]) -> None:
+        self._score, self._matrices, self._measure, self._gradients = score, matrices, measure, gradients
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._layers: list[list[MatrixSpec]] = []
+
+    def each(self) -> Iterator[tuple[MatrixSpec, torch.Tensor]]:
+        """Every matrix with its scores, outputs x inputs; one that reads inputs has none where no token came."""
+        gradients = self._gradients() if self._score.needs & OF_WEIGHTS else None
+        kinds = self._score.needs - OF_WEIGHTS
+        if not kinds:
+            for spec, weight_OI in self._matrices():
+                yield spec, self._score.of(with_gradients(gradients, spec, weight_OI))
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="llmprune-scores-")
+            self._measure(kinds, lambda number, matrices: self._keep(matrices, gradients))
+        for number, specs in enumerate(self._layers):
+            stored = load_file(self._path(number))
+            yield from ((spec, stored[spec.name]) for spec in specs)
+
+    def _keep(self, matrices: Measured, gradients: Gradients | None) -> None:
+        found = {
+            spec: self._score.of(with_gradients(gradients, spec, weight_OI), stats).cpu().contiguous()
+            for spec, weight_OI, stats in matrices()
+        }
+        save_file({spec.name: one for spec, one in found.items()}, self._path(len(self._layers)))
+        self._layers.append(list(found))
+
+    def _path(self, layer: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / f"{layer}.safetensors"
+
+
+def each_matrix(plan: Plan, weights: Weights) -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
+    """Every chosen matrix with its weights, one unit in memory at a time."""
+    for unit in plan.units:
+        weights.load(unit)
+        for spec in unit.matrices:
+            if spec.name in plan.budgets:
+                yield spec, read_matrix(unit, spec)
+        weights.free(unit)

@@ -11,10 +11,11 @@ from torch import nn
 
 from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
-from llmprune.engine.gradient_store import Gradients
+from llmprune.engine.gradient_store import Gradients, with_gradients
+from llmprune.engine.layer import Layer, Solved
 from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Call, first_tensor
 from llmprune.linalg import output_energy
 from llmprune.memory import give_back
 from llmprune.methods.weight.magnitude import Magnitude
@@ -30,9 +31,14 @@ UNUSED = "no calibration token passed through it"
 FILLED = ("cpu",)
 
 
-def schedule_of(recipe: Recipe, kinds: frozenset[str], epochs: int) -> str:
+def fits_layers(method: Method) -> bool:
+    """Whether a method goes over all matrices of a layer together once they are solved (`fit_layer`)."""
+    return hasattr(method, "fit_layer")
+
+
+def schedule_of(recipe: Recipe, method: Method, epochs: int) -> str:
     """The schedule that a recipe asks for, or the one that goes with its method."""
-    by_default = "module" if DRIFT in kinds or epochs > 0 else "layer"
+    by_default = "module" if DRIFT in method.needs or epochs > 0 or fits_layers(method) else "layer"
     return by_default if recipe.engine.schedule == "auto" else recipe.engine.schedule
 
 
@@ -54,10 +60,11 @@ class Pruning:
         self.kinds = method.needs - OF_WEIGHTS or frozenset({MOMENTS})
         self._gradients = gradients
         self.all_experts = recipe.calibration.all_experts
-        self.reconstructs = epochs > 0
+        self.reconstructs = epochs > 0 or fits_layers(method)
         self._epochs = epochs
+        self._solved: dict[str, Solved] = {}  # of the present layer, for a method that goes over it as a whole
         self._fits: dict[str, float] | None = None
-        self.schedule = schedule_of(recipe, self.kinds, epochs)
+        self.schedule = schedule_of(recipe, method, epochs)
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}
@@ -114,10 +121,37 @@ class Pruning:
             self._exchange(unit, specs)
 
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
-        """Fit the solved matrices of `unit` to the dense outputs, as they will be stored."""
-        stored = {row.name.partition("[")[0]: None for row in self._outcomes}
-        if not stored:
+        """Go over the solved matrices of `unit`, as the method and `reconstruct` ask, as they will be stored."""
+        if not self._outcomes:
             return False
+        if self._solved:
+            self._fit_layer(unit, Layer(unit, self._solved, [call for call, _ in calls], targets))
+            self._solved = {}
+            calls = (
+                [(call, first_tensor(unit.module(*call[0], **call[1]))) for call, _ in calls] if self._epochs else []
+            )
+        if self._epochs:
+            self._fit_weights(unit, calls, targets)
+        return True
+
+    def _fit_layer(self, unit: Unit, layer: Layer) -> None:
+        """Take what the method makes of the layer as a whole: as many zeros, if elsewhere."""
+        assert fits_layers(self._method)
+        edits: dict[str, Edit] = self._method.fit_layer(layer)  # type: ignore[attr-defined]
+        rows = {row.name: place for place, row in enumerate(self._outcomes)}
+        before = sum(self._outcomes[rows[name]].planned for name in edits)
+        after = sum(int(edit.pruned_OI.sum()) for edit in edits.values())
+        if before != after:
+            raise RunError(f"{unit.name}: planned {before} zeros, the method made {after}")
+        for name, edit in edits.items():
+            solved, old = layer.matrices[name], self._outcomes[rows[name]]
+            edit.notes = {key: one for key, one in old.notes.items() if key == "statistics"} | edit.notes
+            planned = int(edit.pruned_OI.sum())
+            self._outcomes[rows[name]] = self._store(unit, solved.spec, solved.dense_OI, edit, planned, solved.stats)
+
+    def _fit_weights(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+        """Fit the kept weights to the dense outputs by gradient."""
+        stored = {row.name.partition("[")[0]: None for row in self._outcomes}
         parameters = {
             name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
         }
@@ -138,7 +172,6 @@ class Pruning:
             one.copy_(found[name])
         self._fits = {"before": before, "after": after}
         self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
-        return True
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._finished:
@@ -224,6 +257,10 @@ class Pruning:
             started = time.perf_counter()
             if unseen:
                 edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
+            if stats is not None and fits_layers(method):
+                self._solved[spec.name] = Solved(spec, matrix.weight_OI, stats, budget)
+            if stats is not None and stats.remark is not None:
+                edit.notes["statistics"] = stats.remark
             planned = method.planned(spec.outputs, spec.inputs, budget)
             self._check(spec, edit, planned, budget)
             outcome = self._store(unit, spec, matrix.weight_OI, edit, planned, stats)
@@ -280,8 +317,7 @@ class Pruning:
         dense_OI = read_matrix(unit, spec)
         if not bool(torch.isfinite(dense_OI).all()):
             raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
-        gradient = self._gradients.of(spec, dense_OI.device) if self._gradients is not None else None
-        return Matrix(spec.name, dense_OI, gradient)
+        return with_gradients(self._gradients, spec, dense_OI)
 
     def _check(self, spec: MatrixSpec, edit: Edit, planned: int, budget: Budget) -> None:
         """Fail the run if a method did not do what was planned."""

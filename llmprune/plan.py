@@ -87,9 +87,7 @@ def check_pattern(spec: MatrixSpec, budget: Budget, method: Method) -> None:
     if not group:
         return
     if "N:M" not in method.patterns:
-        raise UserError(
-            f"this method gives {method.output} matrices, which have no pattern {budget.pattern}: give a sparsity"
-        )
+        raise UserError(f"this method has no N:M patterns, so {budget.pattern} is not for it; give a sparsity")
     if spec.transposed is None and not of_text(method.needs):
         raise UserError(
             f"{spec.name}: which axis holds the inputs is only seen when the model runs, and this method does not run "

@@ -14,7 +14,7 @@ import torch
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.kernels.moments import Moments
 from llmprune.kernels.product import product_nt
-from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled
+from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled, symmetric
 
 GRAM = "gram"  # X'X, I x I
 MOMENTS = "moments"  # per input: sum of squares, mean, variance
@@ -24,9 +24,10 @@ KINDS = frozenset({GRAM, MOMENTS, DRIFT})
 GRADIENTS = "gradients"  # of the loss
 REGIONAL = "regional gradients"  # of the norm of the layer's own output
 TURNED = "gradients and Hessian"  # of the loss, and its Hessian times them
+CURVATURE = "gradients of outputs"  # sum over tokens of g g', O x O, g the gradient of the loss at a matrix's outputs
 FISHER = "block Fisher"  # of the loss, and their products within blocks of consecutive weights
 FLOW = "synaptic flow"  # gradients of what passes all weights at their absolute values: no text
-OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED, FISHER, FLOW})
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED, CURVATURE, FISHER, FLOW})
 
 
 def of_text(kinds: frozenset[str]) -> bool:
@@ -48,6 +49,7 @@ class Stats:
         self._drift_II = torch.zeros(width, width, device=device) if DRIFT in kinds else None
         self._lack_OI: torch.Tensor | None = None
         self.paired = DRIFT in kinds
+        self.remark: str | None = None  # what the report should say of them
         self.whole = True  # False where another process has the sums over all of them
         self._derived: dict[Hashable, Any] = {}
 
@@ -126,8 +128,7 @@ class Stats:
     @property
     def gram_II(self) -> torch.Tensor:
         """The full symmetric Gram matrix X'X (a fresh tensor)."""
-        lower_II = self.gram_lower_II
-        return lower_II.tril() + lower_II.tril(-1).T
+        return symmetric(self.gram_lower_II)
 
     @property
     def gram_lower_II(self) -> torch.Tensor:

@@ -149,11 +149,16 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as a method sees it: its name and its float32 weights, outputs x inputs; gradients if it needs them."""
+    """A matrix as a method sees it: its name and its float32 weights, outputs x inputs; gradients if it needs them.
+
+    `curvature_OO`: sum over tokens of g g', g being the gradient, with respect to the outputs for that token, of the
+    loss summed over the sequence. Only the lower triangle is valid.
+    """
 
     name: str
     weight_OI: torch.Tensor
     gradient: Gradient | None = None
+    curvature_OO: torch.Tensor | None = None
 
 
 @dataclass

@@ -268,6 +268,48 @@ def test_schedule_layer_measures_with_dense_predecessors_in_pruned_layers(monkey
                 assert_gram(gram_II, pruned[key], key)
 
 
+def twice(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """An MLP that is gone through twice, with the same matrices."""
+    for _ in range(2):
+        x = x + self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return x
+
+
+@pytest.mark.parametrize("retarget", [0.0, 0.5])
+def test_a_matrix_that_is_used_twice_is_measured_at_both_uses(retarget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", twice)
+    seen: dict[str, list[torch.Tensor]] = defaultdict(list)
+    model = tiny.build("llama")
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach().flatten(0, 1)))
+        for name, module in model.model.layers[0].mlp.named_children()
+        if name != "act_fn"
+    ]
+    for batch in BATCHES:
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    given: dict[str, torch.Tensor] = {}
+    solve = SparseGPT.solve
+
+    def recorded(self: SparseGPT, matrix: Matrix, stats: Stats, budget: Any) -> Edit:
+        given[matrix.name] = stats.gram_II
+        return solve(self, matrix, stats, budget)
+
+    monkeypatch.setattr(SparseGPT, "solve", recorded)
+    rows = [row for batch in BATCHES for row in batch["input_ids"]]
+    settings = {"method": "sparsegpt", "sparsity": 0.5, "retarget": retarget, "schedule": "module", "batch_size": 2}
+    report = llmprune.prune(model, calibration=rows, **settings).report
+    for short, inputs in seen.items():
+        x_TI = torch.cat(inputs).double()
+        expected_II = x_TI.T @ x_TI
+        error = (given[f"model.layers.0.mlp.{short}.weight"] - expected_II).abs().max()
+        assert error <= 1e-5 * expected_II.abs().max(), short
+    for row in report["tensors"]:
+        assert (row["notes"].get("statistics") == schedule.USED_AGAIN) == (".mlp." in row["name"]), row["name"]
+        assert row["tokens"] == (2 if ".mlp." in row["name"] else 1) * TOKENS
+
+
 # --- what is not finite ---
 
 

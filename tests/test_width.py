@@ -97,6 +97,30 @@ def test_the_dense_stream_is_what_the_dense_model_sees(monkeypatch: pytest.Monke
         assert float((found[name] - gram_II).abs().max()) <= 1e-4 * float(gram_II.abs().max()), name
 
 
+def test_aimed_at_the_dense_outputs_the_writer_is_the_least_squares_map_to_them() -> None:
+    """Without damping, what stays of the second layer's down maps its inputs in the pruned model to dense outputs."""
+
+    def at_down(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        down = model.model.layers[1].mlp.down_proj
+        hook = down.register_forward_hook(
+            lambda _, args, out: seen.extend([args[0].flatten(0, 1).double(), out.flatten(0, 1).double()])
+        )
+        with torch.no_grad():
+            model(input_ids=torch.tensor(TEXT), use_cache=False)
+        hook.remove()
+        return seen[0], seen[1]
+
+    _, dense_TO = at_down(tiny.build("qwen2"))
+    options = {"aim": 1.0, "damping": 1e-7}
+    settings: dict[str, Any] = {"width": {"units": ["channel"], "round_to": 1}, "ratio": 0.2, "options": options}
+    result = prune(tiny.build("qwen2"), "group-obs", **settings)
+    x_TK, _ = at_down(result.model)
+    best_KO = torch.linalg.lstsq(x_TK, dense_TO).solution
+    found_OK = result.model.model.layers[1].mlp.down_proj.weight.detach()
+    assert float((found_OK - best_KO.T).abs().max()) <= 1e-3 * float(best_KO.abs().max())
+
+
 FAMILIES = ["llama", "qwen3", "gemma2", "phi3", "olmo2", "gpt2", "opt", "gpt-neox", "falcon-new", "glm", "phi"]
 
 

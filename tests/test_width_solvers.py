@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,15 +13,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
+from llmprune.arch.discover import find_units as layers_of
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import CHANNEL, KV_GROUP, Units, find_units
+from llmprune.engine.gates import gated, squared_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.group_fisher import GroupFisher
+from llmprune.methods.width.k_prune import KPrune
 from llmprune.methods.width.llm_pruner import LLMPruner
 from llmprune.methods.width.sequential import lowest
 from llmprune.methods.width.thinet import ThiNet
-from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, unlike
+from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, own_energy, unlike
 from llmprune.types import UserError
 from llmprune.weights import Resident
 
@@ -145,13 +149,11 @@ def test_copies_are_like_and_orthogonal_units_are_not() -> None:
 
 def setting(model: PreTrainedModel, rows: int = 4) -> tuple[Trunk, Narrow]:
     model.requires_grad_(False)
-    from llmprune.arch.discover import find_units as layers
-
     batches = [{"input_ids": tiny.tokens(rows, 10, seed=3)}]
     roles = Roles(model)
     units = {(one.layer, one.kind): one for one in find_units(roles, [KV_GROUP, CHANNEL])}
     asked = Narrow(roles, units, lambda _: dict.fromkeys(units, 0), False, lambda _: None)
-    return Trunk(model, layers(model, head=False), batches, Resident(model)), asked
+    return Trunk(model, layers_of(model, head=False), batches, Resident(model)), asked
 
 
 def mean_loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -218,6 +220,57 @@ def test_fisher_scores_are_squared_gradients_of_gates() -> None:
         gradient = own_gradients(model, ids[row : row + 1])["model.layers.2.mlp.down_proj.weight"]
         expected += float((gradient[:, 5] * down.detach()[:, 5].double()).sum()) ** 2
     assert float(found[(2, CHANNEL)][5]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_likelihood_of_drawn_tokens_bends_as_the_divergence_does() -> None:
+    """E (dL/dm)², over labels that the model draws, is the second derivative of KL(model, gated model) at m = 1."""
+    model = tiny.build("gpt2").double()  # whose norms do not round to float32
+    ids = tiny.tokens(1, 8, seed=4)
+    generator = torch.Generator().manual_seed(0)
+    rounds, rows = 6, 250
+    with torch.no_grad():
+        roles = Roles(model)
+        units = {(one.layer, one.kind): one for one in find_units(roles, [CHANNEL])}
+        trunk = Trunk(
+            model, layers_of(model, head=False), [{"input_ids": ids.expand(rows, -1)}] * rounds, Resident(model)
+        )
+
+        def drawn(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            labels = torch.multinomial(logits[:, :-1].softmax(-1).flatten(0, 1), 1, generator=generator)
+            return torch.cat([ids[:, :1], labels.view(len(ids), -1)], 1)
+
+        found = squared_gradients(trunk, units, drawn)
+        before = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        step, place = 1e-3, (1, CHANNEL)
+        for channel in (3, 20):
+            gates = {key: torch.ones(one.count, dtype=DOUBLE) for key, one in units.items()}
+            gates[place][channel] += step
+            with gated(model, units.values(), gates):
+                after = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            curvature = 2 * float((before.exp() * (before - after)).sum()) / step**2
+            estimate = float(found[place][channel]) / (rounds * rows) * (ids.shape[1] - 1) ** 2
+            # a mean of 1500 squares of sums, each about chi-squared of one degree: standard error sqrt(2 / 1500) of it
+            assert abs(estimate - curvature) <= 4 * (2 / 1500) ** 0.5 * curvature
+
+
+def test_own_energy_is_the_energy_of_what_a_unit_puts_out() -> None:
+    weight_OI, x_TI = problem()
+    columns_UN = torch.arange(12).view(4, 3)
+    expected_U = [error(x_TI[:, one], weight_OI[:, one]) for one in columns_UN]
+    found_U = own_energy(weight_OI, x_TI.T @ x_TI, columns_UN)
+    assert found_U.tolist() == pytest.approx(expected_U, rel=1e-12)
+
+
+def test_k_prune_takes_what_neither_knows_nor_puts_out() -> None:
+    """A channel that writes nothing is no loss to either measure."""
+    model = tiny.build("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[:, 9] = 0
+    trunk, asked = setting(model)
+    counts = {place: int(place == (1, CHANNEL)) for place in asked.units}
+    with torch.no_grad():
+        found = KPrune().decide(trunk, replace(asked, spread=lambda scores: counts))
+    assert found.removed[(1, CHANNEL)] == [9]
+    assert float(found.scores[(1, CHANNEL)][9]) == 0 and float(found.scores[(1, CHANNEL)].sum()) == pytest.approx(2)
 
 
 def test_thinet_adds_the_unit_that_costs_least() -> None:

@@ -22,13 +22,14 @@ LOST = 1e-8
 
 
 def flow_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
-    """dR/d|w| of the named parameters of every layer, from the last to the first; R is the sum of the last hidden state.
+    """dR/d|w| / R of the named parameters of every layer, from the last to the first; R sums the last hidden state.
 
     The objective of SynFlow (Tanaka et al. 2020, arXiv:2006.05467, eq. 2): an input of ones, every weight at its absolute
     value, no biases. A transformer is made to pass on what it gets, so that |w| dR/d|w| over all weights that one
     hidden state goes through is R at every depth: activations are left out, norms and softmax become constant factors,
     and where two things that carry flow are multiplied (gate and up, query and key, probabilities and values) each
-    counts half. One token, the batches of `trunk`; holds one layer, its weights and gradients in float64. Raises RunError for
+    counts half. R grows with every layer beyond what float32 holds, shares of it do not. One token, the batches of
+    `trunk`; holds one layer, its weights and gradients in float64. Raises RunError for
     a layer that loses flow all the same. Yields while the layer is loaded.
     """
     with _eager(trunk):
@@ -43,15 +44,18 @@ def flow_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterato
         for index, unit in reversed(list(enumerate(trunk.units))):
             with trunk.loaded(index):
                 with _flowing(unit.module):
-                    found, above = _backwards(trunk, index, entered[index], above, parameters[index])
+                    found, above = _backwards(trunk, index, entered[index], above, parameters[index], total)
                 if not abs(_sum(entered[index], above) - total) <= LOST * total:
                     raise RunError(f"synflow cannot follow the flow through {unit.name}; choose another score")
                 yield index, found
 
 
-def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str]) -> tuple[Found, States]:
+def _backwards(
+    trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str], total: float
+) -> tuple[Found, States]:
     parameters = {name: trunk.units[index].module.get_parameter(name) for name in names}
-    found = {name: Gradient(torch.zeros_like(one), torch.zeros_like(one)) for name, one in parameters.items()}
+    empty = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in parameters.items()}
+    found = {name: Gradient(one, one.clone()) for name, one in empty.items()}
     below: States = []
     with differentiated(list(parameters.values())), torch.enable_grad():
         for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
@@ -61,7 +65,7 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
             below.append(into)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    found[name].add(gradient, 1 / len(entered))
+                    found[name].add(gradient / total, 1 / len(entered))
     return found, below
 
 

@@ -1,9 +1,12 @@
-"""Factors on what units hand to the matrix that they write through: 1 leaves the model as it is, 0 takes a unit out."""
+"""Factors on what units hand to the matrix that they write through: 1 leaves the model as it is, 0 takes a unit out.
+
+Their gradients need the model and the activations of one batch in all layers; none of weights is made.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 
 from llmprune.arch.units import Units
 from llmprune.checkpoint.slicing import Place
+from llmprune.engine.trunk import Trunk, token_losses
 from llmprune.types import UserError
 
 
@@ -25,6 +29,31 @@ def gated(model: nn.Module, units: Iterable[Units], gates: Mapping[Place, torch.
             gate = gates[(one.layer, one.kind)]
             stack.callback(_writer(model, one).register_forward_pre_hook(_multiply(one, gate)).remove)
         yield
+
+
+def squared_gradients(
+    trunk: Trunk,
+    units: Mapping[Place, Units],
+    labels: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> dict[Place, torch.Tensor]:
+    """The sum over sequences of (dL / dm)^2 by place, U long in float64, m being the gate on a unit.
+
+    L is the mean negative log likelihood, over the tokens of a sequence, of the next token; with `labels(logits, ids)`,
+    of the tokens that it answers in place of `ids`. All layers must be loaded.
+    """
+    total = {place: torch.zeros(one.count, dtype=torch.float64) for place, one in units.items()}
+    for batch in trunk.batches:
+        ids = batch["input_ids"]
+        size, device = len(ids), ids.device
+        gates = {place: torch.ones(size, one.count, device=device, requires_grad=True) for place, one in units.items()}
+        with torch.enable_grad(), gated(trunk.model, units.values(), gates):
+            logits = trunk.model(**batch, use_cache=False).logits
+            wanted = ids if labels is None else labels(logits.detach(), ids)
+            losses = token_losses(logits, wanted).mean(1).sum()
+        gradients = torch.autograd.grad(losses, list(gates.values()))
+        for place, gradient in zip(gates, gradients, strict=True):
+            total[place] += gradient.double().square().sum(0).cpu()
+    return total
 
 
 def check_gates(model: nn.Module, units: Iterable[Units]) -> None:

@@ -1,7 +1,7 @@
 """Gradients of all matrices of a model, on disk until a matrix is scored.
 
 They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's, 34
-with those of a block Fisher.
+with those of a block Fisher; of the gradients at outputs, a square of the outputs for every matrix.
 """
 
 from __future__ import annotations
@@ -21,16 +21,23 @@ from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit, expert_blocks, find_units
 from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.engine.curvature import output_grams
 from llmprune.engine.flow import flow_gradients
 from llmprune.engine.gradients import Found, loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.memory import within_reach
-from llmprune.statistics import FISHER, FLOW, REGIONAL, TURNED
-from llmprune.types import FISHER_BLOCK, Gradient, MatrixSpec, UserError
+from llmprune.statistics import CURVATURE, FISHER, FLOW, REGIONAL, TURNED
+from llmprune.types import FISHER_BLOCK, Gradient, Matrix, MatrixSpec, UserError
 from llmprune.weights import Loads
 
 # Takes gradients of the named parameters of every layer.
 Passes = Callable[[Trunk, Sequence[Sequence[str]]], Iterator[tuple[int, Found]]]
+# By kind, where it is not `loss_gradients`.
+PASSES: dict[str, Passes] = {
+    REGIONAL: regional_gradients,
+    FLOW: flow_gradients,
+    FISHER: partial(loss_gradients, blocks=True),
+}
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
 # with its square, but the share that float32 loses with its inverse.
 STEP = 1e-3
@@ -71,7 +78,7 @@ def _check_room(name: str, units: list[Unit], device: torch.device) -> None:
 
 
 class Gradients:
-    """What `types.Gradient` says of some matrices, all of it taken when this is made.
+    """What `types.Matrix` says of some matrices beside their weights, all of it taken when this is made.
 
     `batches`: one sequence each; for `FLOW` a single token, whose identity does not matter. `kind`: of
     `statistics.OF_WEIGHTS`. `weights`: the dense ones.
@@ -87,7 +94,7 @@ class Gradients:
         kind: str,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
-        self._units, self._samples = units, len(batches)
+        self._units, self._samples, self._kind = units, len(batches), kind
         self._kinds = ["mean", "squares", *({TURNED: ["turned"], FISHER: ["blocks"]}.get(kind, []))]
         self._layer_of = {
             spec.parameter: index
@@ -96,21 +103,27 @@ class Gradients:
             if spec.parameter.startswith(unit.prefix)
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
+        if kind == CURVATURE:
+            for index, grams in output_grams(Trunk(model, units, batches, weights), names):
+                self._save("curvature", index, grams)
+        else:
+            self._take(model, batches, weights, names)
+
+    def _take(
+        self, model: PreTrainedModel, batches: list[dict[str, Any]], weights: Loads, names: list[list[str]]
+    ) -> None:
+        units = self._units
         weight_squares = gradient_squares = 0.0
-        passes: dict[str, Passes] = {
-            REGIONAL: regional_gradients,
-            FLOW: flow_gradients,
-            FISHER: partial(loss_gradients, blocks=True),
-        }
-        for index, found in passes.get(kind, loss_gradients)(Trunk(model, units, batches, weights), names):
+        take = PASSES.get(self._kind, loss_gradients)
+        for index, found in take(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})
-            if kind == FISHER:
+            if self._kind == FISHER:
                 self._save("blocks", index, {name: one.blocks_RNBB for name, one in found.items()})
             gradient_squares += sum(float(one.mean_OI.double().square().sum()) for one in found.values())
             held = (units[index].module.get_parameter(name).detach() for name in found)
             weight_squares += sum(float(one.double().square().sum()) for one in held)
-        if kind == TURNED and gradient_squares > 0:
+        if self._kind == TURNED and gradient_squares > 0:
             step = STEP * math.sqrt(weight_squares / gradient_squares)
             ahead, behind = (Trunk(model, units, batches, _Moved(weights, self, way * step)) for way in (1, -1))
             for index, found in loss_gradients(ahead, names):
@@ -124,8 +137,18 @@ class Gradients:
         """The parameters of a layer of which there are gradients."""
         return [name for name in self._layer_of if name.startswith(unit.prefix)]
 
+    def matrix(self, spec: MatrixSpec, weight_OI: torch.Tensor) -> Matrix:
+        """A matrix with all that is known of it."""
+        if self._kind != CURVATURE:
+            return Matrix(spec.name, weight_OI, self.of(spec, weight_OI.device))
+        with self._opened("curvature", spec.parameter) as file:
+            # an expert that no token reached bends nothing
+            known = spec.name in set(file.keys())
+            found = file.get_tensor(spec.name) if known else torch.zeros(len(weight_OI), len(weight_OI))
+        return Matrix(spec.name, weight_OI, curvature_OO=found.to(weight_OI.device))
+
     def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
-        """Those of one matrix, outputs x inputs."""
+        """The gradients of one matrix, outputs x inputs."""
         read = {kind: self.read(kind, spec.parameter, spec.index).to(device) for kind in self._kinds}
         blocks_RNBB = read.pop("blocks", None)
         mean_OI, squares_OI, *turned = (one.T if spec.transposed else one for one in read.values())
@@ -134,9 +157,12 @@ class Gradients:
 
     def read(self, kind: str, parameter: str, index: int | None = None) -> torch.Tensor:
         """One of the stored values of a parameter, or of a slice of it, as it is laid out."""
-        with safe_open(self._path(kind, self._layer_of[parameter]), framework="pt") as file:
+        with self._opened(kind, parameter) as file:
             found: torch.Tensor = file.get_tensor(parameter) if index is None else file.get_slice(parameter)[index]
         return found
+
+    def _opened(self, kind: str, parameter: str) -> Any:
+        return safe_open(self._path(kind, self._layer_of[parameter]), framework="pt")
 
     def _save(self, kind: str, layer: int, tensors: dict[str, Any]) -> None:
         prefix = self._units[layer].prefix
@@ -144,6 +170,11 @@ class Gradients:
 
     def _path(self, kind: str, layer: int) -> Path:
         return Path(self._folder.name) / f"{kind}.{layer}.safetensors"
+
+
+def with_gradients(gradients: Gradients | None, spec: MatrixSpec, weight_OI: torch.Tensor) -> Matrix:
+    """A matrix as a method or score sees it; without gradients where there are none."""
+    return Matrix(spec.name, weight_OI) if gradients is None else gradients.matrix(spec, weight_OI)
 
 
 class _Moved:

@@ -7,7 +7,8 @@ what enters every layer for all tokens: tokens x width x layers values in the mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from llmprune.types import Gradient, in_blocks
 
 # Sums over the batches for some parameters of a layer, by their names in it.
 Found = dict[str, Gradient]
+Result = TypeVar("Result")
 
 
 def loss_gradients(
@@ -24,11 +26,22 @@ def loss_gradients(
 ) -> Iterator[tuple[int, Found]]:
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
 
-    `blocks`: with their products in blocks of weights, `FISHER_BLOCK` values more for each weight of the layer.
+    A batch is one sample (see `Gradient`). `blocks`: with the products of gradients in blocks of weights, `FISHER_BLOCK`
+    values more for each weight of the layer.
+    """
+    return backwards(
+        trunk, lambda index, entered, above: _backwards(trunk, index, entered, above, parameters[index], blocks)
+    )
 
-    Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
-    and handing the gradient of its input on to the layer below. A batch is one sample (see `Gradient`). Yields while
-    the layer is loaded.
+
+def backwards(
+    trunk: Trunk, through: Callable[[int, States, States], tuple[Result, States]]
+) -> Iterator[tuple[int, Result]]:
+    """Go from the last layer to the first with the gradient of each batch's mean loss.
+
+    `through(index, entered, above)` runs a loaded layer with autograd, again on the states that entered it, takes the
+    gradients of its outputs, and answers with what it found and the gradients of its inputs. Reads every layer twice:
+    once forwards, keeping what enters it, and once backwards. Yields while the layer is loaded.
     """
     entered: list[States] = []
     states = trunk.enter()
@@ -38,7 +51,7 @@ def loss_gradients(
     above = [_of_loss(trunk, number, state) for number, state in enumerate(states)]
     for index in reversed(range(trunk.depth)):
         with trunk.loaded(index):
-            found, above = _backwards(trunk, index, entered.pop(), above, parameters[index], blocks)
+            found, above = through(index, entered.pop(), above)
             yield index, found
 
 

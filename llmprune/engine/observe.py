@@ -32,14 +32,19 @@ _WEIGHT_THIRD = {
 }
 
 
+# Of what an operator returns (or of its gradient), the rows that are one product's: tokens x outputs.
+Rows = Callable[[torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Product:
-    """One observed matrix product: `weight` (slice `index`) was applied to `x_TI`."""
+    """One observed matrix product: `weight` (slice `index`) was applied to `x_TI`; `rows` cuts out its outputs."""
 
     parameter: str
     index: int | None
     transposed: bool
     x_TI: torch.Tensor
+    rows: Rows
 
     @property
     def name(self) -> str:
@@ -47,11 +52,19 @@ class Product:
 
 
 class Observe(TorchFunctionMode):
-    """Calls `seen(products)` before each operator that multiplies by one of `parameters`."""
+    """Calls `seen(products)` before each operator that multiplies by one of `parameters`.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], seen: Callable[[list[Product]], None]) -> None:
+    `made(products, returned)` is called after it, where it is given.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        seen: Callable[[list[Product]], None] | None = None,
+        made: Callable[[list[Product], torch.Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
-        self._seen = seen
+        self._seen, self._made = seen, made
         self.watch(parameters)
 
     def watch(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -62,14 +75,19 @@ class Observe(TorchFunctionMode):
             self._by_storage.setdefault(one.untyped_storage().data_ptr(), []).append((name, one))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for operands in _operands(func, args, kwargs or {}):
-            products = list(self._products(*operands))
-            if products:
+        found = [one for operands in _operands(func, args, kwargs or {}) if (one := list(self._products(*operands)))]
+        if self._seen is not None:
+            for products in found:
                 self._seen(products)
-        return func(*args, **(kwargs or {}))
+        returned = func(*args, **(kwargs or {}))
+        if self._made is not None:
+            for products in found:
+                self._made(products, returned)
+        return returned
 
-    def _products(self, x: torch.Tensor, w_IO: torch.Tensor) -> Iterator[Product]:
-        """Match the second operand, seen as inputs x outputs, against the parameters."""
+    def _products(self, x: torch.Tensor, w_IO: torch.Tensor, turned: bool = False) -> Iterator[Product]:
+        """Match the second operand, seen as inputs x outputs, against the parameters; `turned`: outputs come first."""
+        rows = _turned_rows if turned else _rows
         for name, parameter in self._by_storage.get(w_IO.untyped_storage().data_ptr(), ()):
             transposed = _orientation(w_IO, parameter)
             offset = int(w_IO.storage_offset() - parameter.storage_offset())
@@ -77,18 +95,31 @@ class Observe(TorchFunctionMode):
                 continue
             if parameter.dim() == 2:
                 if w_IO.dim() == 2 and offset == 0:
-                    yield Product(name, None, transposed, x.reshape(-1, x.shape[-1]))
+                    yield Product(name, None, transposed, _rows(x), rows)
                 continue
             index, rest = divmod(offset, parameter.stride(0))
             if rest or not 0 <= index < len(parameter):
                 continue
             if w_IO.dim() == 2:
-                yield Product(name, index, transposed, x.reshape(-1, x.shape[-1]))
+                yield Product(name, index, transposed, _rows(x), rows)
             elif w_IO.stride(0) == parameter.stride(0):
                 for place in range(len(w_IO)):
                     # a batched product gives every expert all tokens, the foreign ones zeroed: they do not count
                     x_TI = x[place]
-                    yield Product(name, index + place, transposed, x_TI[x_TI.abs().amax(-1) > 0])
+                    own_T = x_TI.abs().amax(-1) > 0
+                    yield Product(name, index + place, transposed, x_TI[own_T], _expert_rows(rows, place, own_T))
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    return values.reshape(-1, values.shape[-1])
+
+
+def _turned_rows(values: torch.Tensor) -> torch.Tensor:
+    return _rows(values.mT)
+
+
+def _expert_rows(rows: Rows, place: int, own_T: torch.Tensor) -> Rows:
+    return lambda values: rows(values[place])[own_T]
 
 
 def _orientation(w_IO: torch.Tensor, parameter: nn.Parameter) -> bool | None:
@@ -101,8 +132,13 @@ def _orientation(w_IO: torch.Tensor, parameter: nn.Parameter) -> bool | None:
     return None
 
 
-def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What may be the data and the weight, as inputs x outputs, of a product operator; nothing for other functions."""
+def _operands(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, bool]]:
+    """What may be the data and the weight, as inputs x outputs, of a product operator; nothing for other functions.
+
+    A third value is whether the operator returns outputs x tokens.
+    """
     if func is F.linear:
         x, weight_OI = _pick(args, kwargs, ("input", "weight"))
         if weight_OI.dim() == 2:
@@ -111,7 +147,7 @@ def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Itera
         first, second = _pick(args, kwargs, ("input", "other" if "matmul" in func.__name__ else "mat2"))
         yield first, second
         if first.dim() > 1 and second.dim() > 1:
-            yield second.mT, first.mT
+            yield second.mT, first.mT, True
     elif func in _WEIGHT_THIRD:
         batched = "baddbmm" in func.__name__
         yield _pick(args[1:], kwargs, ("batch1", "batch2") if batched else ("mat1", "mat2"))

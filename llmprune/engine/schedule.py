@@ -4,11 +4,15 @@
 solved, and the forward goes on through the pruned layer. Two passes, one layer in memory.
 `module`: the forward stops at each product; it is solved on exactly the input that it will see, and
 the same pass goes on through it. One pass; the inner activations of a layer are held for all batches.
+A matrix that a layer uses several times cannot wait for its later inputs: it is measured and solved before the layer
+runs, on all its uses, as `layer` would.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -27,6 +31,7 @@ from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
 SCHEDULES = ("layer", "module")
+USED_AGAIN = "of all uses of the matrix in its layer, before anything in the layer was pruned"
 
 
 class Work(Protocol):
@@ -142,12 +147,28 @@ class _Course:
         if self._observe is not None:
             self._observe.watch(_parameters(unit, wanted))
             self._inside_blocks = _stop_at_blocks(unit, self._suspended, self._hooks)
+            again = self._used_again(unit, wanted)
+            if again:
+                self._measure_and_solve(unit.module, again, remark=USED_AGAIN)
             if self._inputs and self._inputs[0].residual is not None:
                 self._record_residuals(unit)
         elif wanted:
             self._measure_and_solve(unit.module, wanted)
             if not self._work.reconstructs:
                 self._finish()
+
+    def _used_again(self, unit: Unit, wanted: set[str]) -> set[str]:
+        """Which of the matrices the layer uses more than once, as a run of a copy of the first batch tells."""
+        uses: Counter[str] = Counter()
+        for args, kwargs in itertools.islice(self._suspended.payloads(), 1):
+            # a layer may change its input in place
+            its_args, its_kwargs = [_copied(one) for one in args], {key: _copied(one) for key, one in kwargs.items()}
+            with Observe(_parameters(unit, wanted), lambda products: uses.update(one.name for one in products)):
+                unit.module(*its_args, **its_kwargs)
+        found = [
+            name for name, count in uses.items() if count > 1 and name.partition("[")[0] not in self._inside_blocks
+        ]
+        return {name for one in self._share.ranks.gather(found) for name in one} & wanted
 
     def _record_residuals(self, unit: Unit) -> None:
         """From now on, take down what the batches add to the residual stream; each writer sees them in order."""
@@ -209,10 +230,15 @@ class _Course:
         if last:
             self._measure_and_solve(block, last, self._goals(path))
 
-    def _measure_and_solve(self, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor] = ()) -> None:
+    def _measure_and_solve(
+        self, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor] = (), remark: str | None = None
+    ) -> None:
         """Run `module` of the unit on what the batches hold before it, and solve the `wanted` matrices in it."""
         assert self._unit is not None
-        self._work.solve(self._unit, *self._measure(self._unit, module, wanted, goals))
+        stats, transposed = self._measure(self._unit, module, wanted, goals)
+        for one in stats.values():
+            one.remark = remark
+        self._work.solve(self._unit, stats, transposed)
 
     def _measure(
         self, unit: Unit, module: nn.Module, wanted: set[str], goals: Sequence[torch.Tensor]
@@ -265,6 +291,10 @@ class _Course:
 
 # Statistics, and the products that they are of with the keys that their inputs had.
 Solved = tuple[Stats, list[Product], list[InputKey]]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _parameter(unit: Unit, name: str) -> nn.Parameter:

@@ -37,6 +37,13 @@ class Evidence:
     def count(self) -> int:
         return len(self.columns_UN)
 
+    @property
+    def matrix(self) -> str:
+        """The name of the matrix that the units write through."""
+        assert self.units.writer is not None
+        name = self.units.writer.name
+        return f"{name}[{self.first // self.units.size}]" if self.units.stacked else name
+
     def per_unit(self, value_I: torch.Tensor) -> torch.Tensor:
         """The sum of a value of every input of the writer over the inputs of each unit."""
         return value_I[self.columns_UN.to(value_I.device)].sum(1)

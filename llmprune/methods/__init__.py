@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
-from llmprune.methods.weight.scored import Scored
 from llmprune.recipe import Recipe, nearest
 from llmprune.scores import SCORES, Score
-from llmprune.statistics import OF_WEIGHTS
+from llmprune.statistics import CURVATURE, OF_WEIGHTS
 from llmprune.types import UserError
 
 METHODS = {
@@ -24,11 +23,14 @@ METHODS = {
     "alps": "llmprune.methods.weight.alps:Alps",
     "obc": "llmprune.methods.weight.obc:Obc",
     "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
+    "besa": "llmprune.methods.weight.besa:BESA",
+    "sparsellm": "llmprune.methods.weight.sparsellm:SparseLLM",
     "admm": "llmprune.methods.weight.admm:Admm",
     "sds": "llmprune.methods.weight.sds:Sds",
     "losparse": "llmprune.methods.weight.losparse:LoSparse",
     "obert": "llmprune.methods.weight.obert:Obert",
     "chita": "llmprune.methods.weight.chita:Chita",
+    "k-fac": "llmprune.methods.weight.k_fac:KFAC",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
     "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
     "angular": "llmprune.methods.depth.angular:Angular",
@@ -49,6 +51,8 @@ METHODS = {
     "bonsai": "llmprune.methods.width.bonsai:Bonsai",
     "minitron": "llmprune.methods.width.minitron:Minitron",
     "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "k-prune": "llmprune.methods.width.k_prune:KPrune",
+    "llm-surgeon-structured": "llmprune.methods.width.llm_surgeon:LLMSurgeonStructured",
     "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
@@ -94,6 +98,7 @@ PRESETS = {
     "qm": Preset("scored", allocation="global", options={"score": "quadratic"}, paper="arXiv:2006.12421"),
     "grasp": Preset("scored", allocation="global", options={"score": "grasp"}, paper="arXiv:2002.07376"),
     "synflow": Preset("scored", allocation="global", options={"score": "synflow"}, paper="arXiv:2006.05467"),
+    "llm-surgeon": Preset("k-fac", allocation="global"),
     "gblm": Preset("scored", options={"score": "gblm"}, paper="arXiv:2311.04902"),
     "pruner-zero": Preset("scored", options={"score": "pruner-zero"}, paper="arXiv:2406.02924"),
     "wanda++": Preset("scored", reconstruct=3, options={"score": "regional"}, paper="arXiv:2503.04992"),
@@ -116,10 +121,10 @@ def allocation_of(recipe: Recipe) -> str:
 
 
 def score_of(method: Any) -> Score:
-    """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
+    """The score by which a method's weights compare over the whole model: its own if that is of the loss, else |w|."""
     method = method.method if isinstance(method, Composed) else method
-    score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
-    return score if score.needs <= OF_WEIGHTS else SCORES["magnitude"]
+    score: Score = getattr(method, "by", SCORES["magnitude"])
+    return score if score.needs <= OF_WEIGHTS or CURVATURE in score.needs else SCORES["magnitude"]
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -139,6 +144,8 @@ def method_of(recipe: Recipe) -> Any:
         return method
     if method.output != "plain":
         raise UserError(f"{recipe.method!r} has no mask to refine or update: leave out refine, update and retarget")
+    if hasattr(method, "fit_layer"):
+        raise UserError(f"{recipe.method!r} works on whole layers: refine, update and retarget are not for it")
     return Composed(method, refine, update, strength)
 
 

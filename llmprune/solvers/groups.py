@@ -117,6 +117,13 @@ def joint_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor, columns_UN: tor
     return product_II[order][:, order].view(units, width, units, width).sum((1, 3))
 
 
+def own_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor, columns_UN: torch.Tensor) -> torch.Tensor:
+    """tr(W_u G_uu W_u'), U: the energy of what each unit puts out by itself, the diagonal of `joint_energy`."""
+    weight_OUN = weight_OI.double()[:, columns_UN]
+    gram_UNN = gram_II.double()[columns_UN[:, :, None], columns_UN[:, None, :]]
+    return (torch.einsum("oun,unm->oum", weight_OUN, gram_UNN) * weight_OUN).sum((0, 2))
+
+
 def unlike(gram_II: torch.Tensor, columns_UN: torch.Tensor) -> torch.Tensor:
     """1 minus the likeness of each of U units to the one most like it, from 0 (a copy) to 1 (nothing in common).
 

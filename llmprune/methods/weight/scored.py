@@ -38,10 +38,10 @@ class Scored:
 
     @property
     def needs(self) -> frozenset[str]:
-        return self._score.needs
+        return self.by.needs
 
     def planned(self, outputs: int, inputs: int, budget: Budget) -> int:
-        return outputs * budget.pruned_of(inputs) if self._by == "row" else budget.pruned_of(outputs * inputs)
+        return outputs * budget.pruned_of(inputs) if self._within == "row" else budget.pruned_of(outputs * inputs)
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
         pruned_OI = self.select(matrix, stats, budget)
@@ -49,13 +49,14 @@ class Scored:
 
     def select(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> torch.Tensor:
         """What to prune, as bool O x I."""
-        score_OI = self._score.of(matrix, stats, self.seed)
-        return masks.select(score_OI, budget, by=self._by)
+        score_OI = self.by.of(matrix, stats, self.seed)
+        return masks.select(score_OI, budget, by=self._within)
 
     @property
-    def _score(self) -> Score:
+    def by(self) -> Score:
+        """The score."""
         return SCORES[self.score]
 
     @property
-    def _by(self) -> str:
-        return self._score.group if self.group == "natural" else self.group
+    def _within(self) -> str:
+        return self.by.group if self.group == "natural" else self.group

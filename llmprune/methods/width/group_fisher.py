@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.engine.gates import check_gates, gated
-from llmprune.engine.gradients import backward
+from llmprune.engine.gates import check_gates, squared_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ModelScores
@@ -31,18 +30,5 @@ class GroupFisher(ModelScores):
         check_gates(model, asked.units.values())
 
     def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        total = {place: torch.zeros(one.count, dtype=torch.float64) for place, one in asked.units.items()}
         with trunk.loaded(*range(trunk.depth)):
-            for batch in trunk.batches:
-                size, device = len(batch["input_ids"]), batch["input_ids"].device
-                gates = {
-                    place: torch.ones(size, one.count, device=device, requires_grad=True)
-                    for place, one in asked.units.items()
-                }
-                with gated(trunk.model, asked.units.values(), gates):
-                    backward(trunk, [batch])
-                for place, gate in gates.items():
-                    assert gate.grad is not None
-                    # of each sequence's own loss, not of its share in the batch
-                    total[place] += (gate.grad * size).double().square().sum(0).cpu()
-        return total
+            return squared_gradients(trunk, asked.units)

@@ -22,6 +22,8 @@ from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
+# The writing matrix of some evidence, its outputs turned and scaled so that their squared errors count alike.
+Weigh: TypeAlias = Callable[[Evidence], torch.Tensor]
 HEADS = (KV_GROUP, QUERY_HEAD)
 COMPENSATIONS = ("none", "bias", "least-squares")
 
@@ -34,6 +36,7 @@ class Way:
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
     puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
+    `weigh`: for OBS, where errors of some outputs count more than those of others.
     """
 
     score: Score | None
@@ -43,6 +46,7 @@ class Way:
     aim: float = 0.0
     kinds: frozenset[str] = frozenset()
     unique: bool = False
+    weigh: Weigh | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -237,7 +241,7 @@ class _Layer:
             return
         weight_OI = evidence.writer_OI
         if way.aim and not evidence.units.stacked and stats.paired:
-            weight_OI = retarget(weight_OI, stats.drift_II, stats.scaled(way.damping), way.aim)
+            weight_OI = retarget(weight_OI, stats.pull_OI(weight_OI), stats.scaled(way.damping), way.aim)
         new_OI = fold(weight_OI, damped(stats.gram_II, way.damping), gone_I)
         stored = values[writer.name]
         if evidence.units.stacked:
@@ -282,7 +286,8 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
         return lowest(score_U, count, evidence.strata), score_U
     assert evidence.stats is not None
     system_II = damped(evidence.stats.gram_II, way.damping)
-    trace = eliminate(evidence.writer_OI, system_II, evidence.columns_UN, count, evidence.strata)
+    writer_OI = evidence.writer_OI if way.weigh is None else way.weigh(evidence)
+    trace = eliminate(writer_OI, system_II, evidence.columns_UN, count, evidence.strata)
     score_U = torch.full((evidence.count,), float("inf"), dtype=torch.float64)
     score_U[trace.order] = torch.tensor(trace.losses, dtype=torch.float64).cummax(0).values
     return trace.order, score_U.nan_to_num(posinf=max(trace.losses, default=0.0))
