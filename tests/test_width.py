@@ -64,6 +64,43 @@ def test_every_method_writes_a_plain_smaller_model(method: str, tmp_path: Path) 
     assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
 
 
+HIDDEN = [("minitron", ["channel", "residual"]), ("llm-pruner", ["residual"]), ("group-magnitude", ["residual"])]
+
+
+@pytest.mark.parametrize(("method", "units"), [*HIDDEN, ("random-units", ["kv-group", "channel", "residual"])])
+def test_one_set_of_hidden_dimensions_for_the_whole_model(method: str, units: list[str], tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    settings: dict[str, Any] = {"ratio": 0.3, "width": {"units": units, "round_to": 2}, "engine": {"batch_size": 2}}
+    report = prune(source, method, out=tmp_path / "out", **settings).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    small = load(tmp_path / "out")
+    layers = [sum(one.numel() for one in model.model.layers.parameters()) for model in (small, tiny.build("llama"))]
+    assert layers[0] <= 0.7 * layers[1]
+    (hidden,) = report["structure"]["widths"]["residual"]
+    assert small.config.hidden_size == hidden < 32 and small.config.head_dim == 4
+    count = sum(one.numel() for one in small.parameters())
+    assert count == report["totals"]["params_after"]
+    resident = prune(tiny.build("llama"), method, **settings)
+    assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
+    ids = tiny.tokens(1, 8)
+    cached, plain = (small.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_hidden_dimensions_that_cannot_go_are_refused() -> None:
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("llama", "group-obs", {}, "no scores for dimensions of the hidden state"),
+        ("llama", "minitron", {"options": {"compensate": "least-squares"}}, "nothing makes up for them"),
+        ("gemma2", "minitron", {}, "no plain class holds a Gemma2ForCausalLM"),
+        ("olmoe", "minitron", {}, "no hidden size of a OlmoeForCausalLM"),
+        ("llama", "minitron", {"layout": "remote-code"}, "leave the layout plain"),
+        ("llama", "minitron", {"ratio": 0.9}, "ask for less"),
+    ]
+    for name, method, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            prune(tiny.build(name), method, **{"ratio": 0.2, "width": {"units": ["residual"]}, **settings})
+
+
 @pytest.mark.parametrize("options", [{"compensate": "least-squares"}, {"uniqueness": "gum"}])
 def test_options_of_every_score(options: dict[str, Any], tmp_path: Path) -> None:
     for method in ("wanda-sp", "llm-pruner", "random-units", "mini-gpts"):

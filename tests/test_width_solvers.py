@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,11 +15,14 @@ from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, KV_GROUP, Units, find_units
+from llmprune.arch.units import CHANNEL, KV_GROUP, RESIDUAL, Units, find_units
+from llmprune.checkpoint.slicing import HIDDEN
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.group_fisher import GroupFisher
 from llmprune.methods.width.llm_pruner import LLMPruner
+from llmprune.methods.width.magnitude import GroupMagnitude
+from llmprune.methods.width.minitron import Minitron
 from llmprune.methods.width.sequential import lowest
 from llmprune.methods.width.thinet import ThiNet
 from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, unlike
@@ -204,6 +209,65 @@ def test_taylor_scores_are_those_of_the_right_heads(taylor: str) -> None:
     channel = sum(score(f"{base}mlp.{one}_proj.weight", torch.tensor([7]), 0) for one in ("gate", "up"))
     channel += score(f"{base}mlp.down_proj.weight", torch.tensor([7]), 1)
     assert float(found[(1, CHANNEL)][7]) == pytest.approx(channel, rel=1e-4)
+
+
+def with_hidden(model: PreTrainedModel) -> tuple[Trunk, Narrow]:
+    trunk, asked = setting(model)
+    return trunk, replace(asked, units={HIDDEN: find_units(asked.roles, [RESIDUAL])[0]})
+
+
+def slice_of(name: str, one: torch.Tensor) -> torch.Tensor:
+    """A parameter, hidden dimensions first: what writes to the hidden state has them as outputs, all else as inputs."""
+    axis = -2 if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")) else -1
+    return one.detach().double().movedim(axis, 0).reshape(32, -1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("taylor", ["vector", "first", "second", "mixed"])
+def test_taylor_scores_of_the_hidden_state_take_in_every_parameter(
+    taylor: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy.deepcopy(tiny.TINY["llama"])
+    config.tie_word_embeddings = tied
+    monkeypatch.setitem(tiny.TINY, "llama", config)
+    model = tiny.build("llama")
+    trunk, asked = with_hidden(model)
+    ids = trunk.batches[0]["input_ids"]
+    found_D = LLMPruner(taylor=taylor).scores(trunk, asked)[HIDDEN]
+    gradients = own_gradients(model, ids)
+    each = [own_gradients(model, ids[row : row + 1]) for row in range(len(ids))]
+    expected_D = torch.zeros(32, dtype=DOUBLE)
+    assert ("lm_head.weight" in gradients) != tied
+    for name in gradients:
+        w_DK = slice_of(name, model.get_parameter(name))
+        g_DK = slice_of(name, gradients[name])
+        h_DK = torch.stack([slice_of(name, one[name]).square() for one in each]).mean(0)
+        expected_D += {
+            "vector": (w_DK * g_DK).sum(1).abs(),
+            "first": (w_DK * g_DK).abs().sum(1),
+            "second": (w_DK.square() * h_DK).sum(1),
+            "mixed": (w_DK * g_DK - w_DK.square() * h_DK / 2).abs().sum(1),
+        }[taylor]
+    assert float((found_D / expected_D - 1).abs().max()) <= 1e-4
+
+
+def test_magnitude_and_activity_of_the_hidden_state() -> None:
+    model = tiny.build("qwen3-moe")  # norms of heads, dense and expert layers, routers
+    trunk, asked = with_hidden(model)
+    expected_D = torch.zeros(32, dtype=DOUBLE)
+    for name, one in model.named_parameters():
+        if not name.endswith(("q_norm.weight", "k_norm.weight")):
+            expected_D += slice_of(name, one).abs().sum(1)
+    found_D = GroupMagnitude(norm=1).hidden(trunk, asked)
+    assert float((found_D / expected_D - 1).abs().max()) <= 1e-5
+    seen: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.register_forward_hook(lambda _, args, out: seen.append(out.detach().flatten(0, 1).double()))
+    model(**trunk.batches[0], use_cache=False)
+    expected_D = torch.stack([one.square().mean(0).sqrt() for one in seen]).sum(0)
+    assert len(seen) == 6
+    assert float((Minitron().hidden(trunk, asked) / expected_D - 1).abs().max()) <= 1e-5
 
 
 def test_fisher_scores_are_squared_gradients_of_gates() -> None:

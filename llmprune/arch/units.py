@@ -7,7 +7,7 @@ depends on the layout alone, so all of them are index tables; cutting, counting 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,12 @@ class Units:
         return self.kind == EXPERT_CHANNEL
 
 
-def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
-    """All units of some kinds, layer by layer; kinds that a layer does not have are passed over."""
-    shapes = {name: one.shape for name, one in roles.model.named_parameters()}
+def find_units(roles: Roles, kinds: Sequence[str], shapes: Mapping[str, torch.Size] | None = None) -> list[Units]:
+    """All units of some kinds, layer by layer; kinds that a layer does not have are passed over.
+
+    `shapes`: those of the parameters where they are not the model's, by which the units cost less.
+    """
+    shapes = shapes or {name: one.shape for name, one in roles.model.named_parameters()}
     found: list[Units] = []
     for index, layer in enumerate(roles.layers):
         for kind in kinds:
@@ -79,7 +82,7 @@ def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
     return [*found, _residual(roles, shapes)] if RESIDUAL in kinds else found
 
 
-def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
+def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: Mapping[str, torch.Size]) -> Iterator[Units]:
     if kind in (KV_GROUP, QUERY_HEAD):
         yield _heads(kind, index, layer.attention, shapes)
     elif kind == CHANNEL and layer.mlp is not None:
@@ -88,7 +91,7 @@ def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: dict[str, torch.
         yield _channels(kind, index, layer.experts, shapes)
 
 
-def _heads(kind: str, index: int, one: Attention, shapes: dict[str, torch.Size]) -> Units:
+def _heads(kind: str, index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
     """Query head q reads kv head floor(q / r), r = heads / groups."""
     wide, ratio = one.head_dim, one.heads // one.groups
     whole = kind == KV_GROUP
@@ -119,7 +122,7 @@ def _heads(kind: str, index: int, one: Attention, shapes: dict[str, torch.Size])
     return _units(kind, index, count, strata, members, shapes, one.output, queries_UN)
 
 
-def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) -> Units:
+def _channels(kind: str, index: int, one: Mlp, shapes: Mapping[str, torch.Size]) -> Units:
     rows_UN = torch.arange(one.channels)[:, None].repeat(one.experts, 1)
     members: list[Member] = []
     for matrix in (one.gate, one.up):
@@ -130,7 +133,7 @@ def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) ->
     return _units(kind, index, len(rows_UN), one.experts, members, shapes, one.down, rows_UN)
 
 
-def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Units:
+def _residual(roles: Roles, shapes: Mapping[str, torch.Size]) -> Units:
     """Column i of all that reads the hidden state, row i of all that writes to it, and gain i of every norm."""
     index_UN = torch.arange(roles.hidden)[:, None]
     members = [Member(name, 1, index_UN) for name in roles.embeddings]
@@ -156,7 +159,7 @@ def _units(
     count: int,
     strata: int,
     members: list[Member],
-    shapes: dict[str, torch.Size],
+    shapes: Mapping[str, torch.Size],
     writer: Weight | None = None,
     columns_UN: torch.Tensor | None = None,
 ) -> Units:

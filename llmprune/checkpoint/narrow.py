@@ -162,7 +162,7 @@ class Room:
             most = max((one.size for one in units), default=1)
             left = [most - 1] if kind not in (KV_GROUP, QUERY_HEAD) else range(1, most)
             taken = [one for one in left if _accepted_as(model, config, units[:1], shapes, one)]
-            if taken and _builds(model, config, _leaving(units, shapes, taken[-1])):
+            if taken and holds(model, config, _leaving(units, shapes, taken[-1])):
                 heads = tuple(taken) if kind in (KV_GROUP, QUERY_HEAD) else heads
             elif units:
                 fixed.add(kind)
@@ -185,7 +185,8 @@ def _accepted_as(
     return True
 
 
-def _builds(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
+def holds(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
+    """Whether a plain class holds what an edit leaves."""
     try:
         check_shapes(build_skeleton(narrow_config(model, config, slicing), torch.float32), slicing)
     except (UserError, ValueError, StrictDataclassError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,9 @@ class _Moved:
             self._before[name] = parameter.data
             mean = self._gradients.read("mean", name).to(parameter.device)
             parameter.data = parameter.data + self._step * mean.to(parameter.dtype)
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        self._weights.fetch(parameters)
 
     def free(self, unit: Unit) -> None:
         for name in self._gradients.parameters(unit):

@@ -1,4 +1,4 @@
-"""Gradients with respect to the weights, one layer at a time.
+"""Gradients with respect to the weights, or to gates on units, one layer at a time.
 
 Held in memory are one layer with its gradients (three times its weights, in float32), and for gradients of the loss
 what enters every layer for all tokens: tokens x width x layers values in the model's dtype.
@@ -7,35 +7,59 @@ what enters every layer for all tokens: tokens x width x layers values in the mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+from llmprune.arch.units import Units
+from llmprune.engine.gates import gated
 from llmprune.engine.trunk import States, Trunk, token_losses
 from llmprune.types import Gradient
 
 # Sums over the batches for some parameters of a layer, by their names in it.
 Found = dict[str, Gradient]
+T = TypeVar("T")
 
 
-def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
+def loss_gradients(
+    trunk: Trunk, parameters: Sequence[Sequence[str]], outside: Sequence[str] = ()
+) -> Iterator[tuple[int, Found]]:
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
 
-    Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
-    and handing the gradient of its input on to the layer below. A batch is one sample (see `Gradient`). Yields while
-    the layer is loaded.
+    A batch is one sample (see `Gradient`). Yields while the layer is loaded. Then those of parameters `outside` the
+    layers, if any, by their whole names, as of layer -1.
     """
-    entered: list[States] = []
-    states = trunk.enter()
-    for _, after in trunk.walk(states):
-        entered.append(states)
-        states = after
-    above = [_of_loss(trunk, number, state) for number, state in enumerate(states)]
-    for index in reversed(range(trunk.depth)):
-        with trunk.loaded(index):
-            found, above = _backwards(trunk, index, entered.pop(), above, parameters[index])
-            yield index, found
+    final, below = yield from _descend(
+        trunk, lambda index, entered, above: _backwards(trunk, index, entered, above, parameters[index])
+    )
+    if outside:
+        yield -1, _outside(trunk, final, below, outside)
+
+
+def gate_gradients(trunk: Trunk, units: Iterable[Units]) -> Iterator[tuple[int, list[tuple[Units, torch.Tensor]]]]:
+    """Of each batch's mean loss, with respect to a factor on every unit of every sequence: the batches joined, B x U."""
+    places = list(units)
+
+    def through(index: int, entered: States, above: States) -> tuple[list[tuple[Units, torch.Tensor]], States]:
+        here = [one for one in places if one.layer == index]
+        rows: list[tuple[torch.Tensor, ...]] = []
+        below: States = []
+        for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
+            with torch.enable_grad():
+                leaf = state.detach().requires_grad_()
+                gates = [torch.ones(len(leaf), one.count, device=leaf.device, requires_grad=True) for one in here]
+                with gated(
+                    trunk.model, here, {(one.layer, one.kind): gate for one, gate in zip(here, gates, strict=True)}
+                ):
+                    output = trunk.apply(index, number, leaf)
+                into, *gradients = torch.autograd.grad(output, (leaf, *gates), cotangent)
+            below.append(into)
+            rows.append(tuple(gradients))
+        return [(one, torch.cat(parts)) for one, parts in zip(here, zip(*rows, strict=True), strict=True)], below
+
+    yield from _descend(trunk, through)
 
 
 def regional_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
@@ -60,6 +84,52 @@ def saliency(trunk: Trunk) -> list[float]:
     return totals
 
 
+def _descend(
+    trunk: Trunk, through: Callable[[int, States, States], tuple[T, States]]
+) -> Generator[tuple[int, T], None, tuple[States, States]]:
+    """Go through the layers from the last to the first with the gradient of the loss.
+
+    Reads every layer twice: once forwards, keeping what enters it, and once backwards, where `through` runs it again with
+    autograd. That takes its number, what enters it and the gradients of what leaves it; it gives what is yielded and
+    the gradients of what enters. Returns what leaves the last layer, and the gradients of what enters the first.
+    """
+    entered: list[States] = []
+    states = trunk.enter()
+    for _, after in trunk.walk(states):
+        entered.append(states)
+        states = after
+    above = [_of_loss(trunk, number, state) for number, state in enumerate(states)]
+    for index in reversed(range(trunk.depth)):
+        with trunk.loaded(index):
+            found, above = through(index, entered.pop(), above)
+            yield index, found
+    return states, above
+
+
+def _outside(trunk: Trunk, final: States, below: States, names: Sequence[str]) -> Found:
+    """Gradients of parameters by which the loss is read from `final`, or the first layer's input made, or both."""
+    parameters = trunk.outside(names)
+    found = {name: _none(one) for name, one in parameters.items()}
+    shares = _shares(trunk)
+    with differentiated(list(parameters.values())):
+        for number, (state, cotangent) in enumerate(zip(final, below, strict=True)):
+            with torch.enable_grad():
+                loss = token_losses(trunk.logits(number, state), trunk.batches[number]["input_ids"]).mean()
+                entered = trunk.entering(number)
+                total = loss + (entered * cotangent).sum()
+                gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    found[name].add(gradient, shares[number])
+    return found
+
+
+def _shares(trunk: Trunk) -> list[float]:
+    """The share of each batch in all tokens that are predicted."""
+    counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
+    return [count / sum(counts) for count in counts]
+
+
 def _of_loss(trunk: Trunk, batch: int, state: torch.Tensor) -> torch.Tensor:
     """The gradient of a batch's mean loss with respect to what leaves the last layer."""
     with torch.enable_grad():
@@ -78,7 +148,7 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
     module = trunk.units[index].module
     parameters = {name: module.get_parameter(name) for name in names}
     found = {name: _none(one) for name, one in parameters.items()}
-    counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
+    shares = _shares(trunk)
     below: States = []
     with differentiated(list(parameters.values())):
         for number, (state, cotangent) in enumerate(zip(entered, above, strict=True)):
@@ -90,7 +160,7 @@ def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: 
             below.append(into)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
-                    found[name].add(gradient, counts[number] / sum(counts))
+                    found[name].add(gradient, shares[number])
     return found, below
 
 
@@ -106,19 +176,3 @@ def differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         for one, flag in zip(parameters, before, strict=True):
             one.grad = None
             one.requires_grad_(flag)
-
-
-def backward(trunk: Trunk, batches: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Add the gradient of the mean loss over some batches; the layers must be loaded."""
-    predicted = sum(batch["input_ids"][:, 1:].numel() for batch in batches)
-    with torch.enable_grad():
-        for batch in batches:
-            logits = trunk.model(**batch, use_cache=False).logits
-            (token_losses(logits, batch["input_ids"]).sum() / predicted).backward()  # type: ignore[no-untyped-call]
-
-
-def sequences(trunk: Trunk) -> Iterator[dict[str, torch.Tensor]]:
-    """The calibration text one sequence at a time."""
-    for batch in trunk.batches:
-        for start in range(len(batch["input_ids"])):
-            yield {key: one[start : start + 1] for key, one in batch.items()}

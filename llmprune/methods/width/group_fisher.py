@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.engine.gates import check_gates, gated
-from llmprune.engine.gradients import backward
+from llmprune.checkpoint.slicing import Place
+from llmprune.engine.gates import check_gates
+from llmprune.engine.gradients import gate_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ModelScores
@@ -24,25 +25,18 @@ class GroupFisher(ModelScores):
     """
 
     paper: ClassVar[str] = "arXiv:2108.00708"
-    memory: ClassVar[str] = "the model, and the activations of one batch in all layers; no gradients of weights"
+    memory: ClassVar[str] = "one layer and its activations for one batch; what enters every layer, for all tokens"
 
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         super().check(model, asked)
         check_gates(model, asked.units.values())
 
-    def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        total = {place: torch.zeros(one.count, dtype=torch.float64) for place, one in asked.units.items()}
-        with trunk.loaded(*range(trunk.depth)):
-            for batch in trunk.batches:
-                size, device = len(batch["input_ids"]), batch["input_ids"].device
-                gates = {
-                    place: torch.ones(size, one.count, device=device, requires_grad=True)
-                    for place, one in asked.units.items()
-                }
-                with gated(trunk.model, asked.units.values(), gates):
-                    backward(trunk, [batch])
-                for place, gate in gates.items():
-                    assert gate.grad is not None
-                    # of each sequence's own loss, not of its share in the batch
-                    total[place] += (gate.grad * size).double().square().sum(0).cpu()
-        return total
+    def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        # of each sequence's own loss, not of its share in a batch
+        sizes = [len(batch["input_ids"]) for batch in trunk.batches]
+        size_B = torch.tensor([size for size in sizes for _ in range(size)], dtype=torch.float64)
+        return {
+            (units.layer, units.kind): (gradient_BU.double().cpu() * size_B[:, None]).square().sum(0)
+            for _, found in gate_gradients(trunk, asked.units.values())
+            for units, gradient_BU in found
+        }

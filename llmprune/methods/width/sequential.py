@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Weight
-from llmprune.arch.units import KV_GROUP, QUERY_HEAD
-from llmprune.checkpoint.slicing import Place, Slicing
+from llmprune.arch.units import KV_GROUP, QUERY_HEAD, RESIDUAL
+from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
@@ -19,6 +19,7 @@ from llmprune.methods.structural import TEXT, Narrow, Narrowed
 from llmprune.solvers.groups import damped, eliminate, fold, mean_fold, unlike
 from llmprune.solvers.retarget import retarget
 from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
+from llmprune.types import UserError
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
@@ -34,6 +35,7 @@ class Way:
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
     puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
+    `hidden`: the scores of dimensions of the hidden state in the dense model, of a method that has such.
     """
 
     score: Score | None
@@ -43,6 +45,7 @@ class Way:
     aim: float = 0.0
     kinds: frozenset[str] = frozenset()
     unique: bool = False
+    hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -67,7 +70,17 @@ class UnitMethod:
 
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         """Whether the method can handle a model; raises UserError. Reads no weights."""
-        if self.way().compensate == "bias":
+        way = self.way()
+        if HIDDEN in asked.units and way.hidden is None:
+            raise UserError(
+                f"this method has no scores for dimensions of the hidden state ({RESIDUAL}); llm-pruner, minitron, "
+                "group-magnitude and random-units have"
+            )
+        if HIDDEN in asked.units and (way.compensate != "none" or way.unique):
+            raise UserError(
+                f"where {RESIDUAL} dimensions go nothing makes up for them: leave compensate and uniqueness out"
+            )
+        if way.compensate == "bias":
             writers = _writers(asked, list(asked.units))
             asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
 
@@ -89,6 +102,7 @@ class ScoredUnits(UnitMethod):
     uniqueness: str = "none"
 
     kinds: ClassVar[frozenset[str]] = frozenset()  # the statistics that the score reads
+    scores_hidden: ClassVar[bool] = False  # whether `hidden` answers
     pruned: ClassVar[bool] = True  # of the pruned stream, or of the dense one
 
     def __post_init__(self) -> None:
@@ -100,9 +114,21 @@ class ScoredUnits(UnitMethod):
         """The scores of the units, U."""
         raise NotImplementedError
 
+    def hidden(self, trunk: Trunk, asked: Narrow) -> torch.Tensor:
+        """The scores of the dimensions of the hidden state, D."""
+        raise NotImplementedError
+
     def way(self) -> Way:
-        unique = self.uniqueness == "gum"
-        return Way(self.score, self.compensate, self.pruned, self.damping, kinds=self.kinds, unique=unique)
+        hidden = self.hidden if self.scores_hidden else None
+        return Way(
+            self.score,
+            self.compensate,
+            self.pruned,
+            self.damping,
+            kinds=self.kinds,
+            unique=self.uniqueness == "gum",
+            hidden=hidden,
+        )
 
 
 @dataclass(frozen=True)
@@ -114,13 +140,18 @@ class ModelScores(ScoredUnits):
         raise NotImplementedError
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, replace(self.way(), score=given(self.scores(trunk, asked))))
+        scores = self.scores(trunk, asked)
+        return narrow(trunk, asked, replace(self.way(), score=given(scores), hidden=lambda *_: scores[HIDDEN]))
 
 
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
     counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
     found = Narrowed({place: [] for place in asked.units})
+    if HIDDEN in asked.units:
+        assert way.hidden is not None
+        found.scores[HIDDEN] = way.hidden(trunk, asked)
+        found.removed[HIDDEN] = lowest(found.scores[HIDDEN], counts[HIDDEN])
     states = trunk.enter() if way.reads else []
     dense: States = list(states) if way.aim else []
     for index, places in _by_layer(trunk, asked):
@@ -128,7 +159,7 @@ def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
             inputs: list[Inputs] | None = None
             if dense:
                 plain = [one for one in places if not asked.units[one].stacked]
-                inputs, dense = record(trunk, index, dense, _writers(asked, plain))
+                inputs, dense = record(trunk, index, dense, _names(asked, plain))
             layer = _Layer(trunk, index, asked, way, states, inputs)
             after: States | None = None
             if states and not way.pruned:
@@ -150,7 +181,7 @@ def scores_of(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, torch.Tensor
         unit = trunk.units[index]
         with trunk.loaded(index):
             values = {unit.prefix + name: one for name, one in unit.module.named_parameters()}
-            stats = measure(trunk, index, states, _writers(asked, places), kinds) if kinds and places else {}
+            stats = measure(trunk, index, states, _names(asked, places), kinds) if kinds and places else {}
             for place in places:
                 some = evidences(asked.units[place], stats, values)
                 scores[place] = torch.cat([_choose(one, one.count - one.strata, way)[1].cpu() for one in some])
@@ -176,7 +207,7 @@ class _Layer:
 
     def measured(self, places: list[Place]) -> dict[str, Stats]:
         """Statistics of what the units of some places put out, as the layer is now."""
-        kinds, writers = self.way.reads, _writers(self.asked, places)
+        kinds, writers = self.way.reads, _names(self.asked, places)
         # which tokens an expert sees differs from the dense model
         beside = None if any(self.asked.units[place].stacked for place in places) else self.inputs
         kinds = kinds if beside is not None else kinds - {DRIFT}
@@ -299,6 +330,10 @@ def _halves(places: list[Place]) -> Iterator[list[Place]]:
     for half in (heads, [place for place in places if place not in heads]):
         if half:
             yield half
+
+
+def _names(asked: Narrow, places: list[Place]) -> list[str]:
+    return [one.name for one in _writers(asked, places)]
 
 
 def _writers(asked: Narrow, places: list[Place]) -> list[Weight]:
