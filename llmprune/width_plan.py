@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.allocation.evolution import Evolution
 from llmprune.allocation.widths import HEADS, Demand, Entry, spread_of
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, Units, find_units
@@ -95,7 +96,8 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     demand = Demand(losing, needed, heads, settings.round_to)
     # called when the plan is there
     always = {HIDDEN: len(hidden.removed[HIDDEN])} if hidden else {}
-    asked = _asked(roles, units, demand, spread, always, lambda names: _check_biases(plan, names))
+    search = Evolution(demand, settings.generations, settings.offspring, recipe.seed) if spread.searched else None
+    asked = _asked(roles, units, demand, spread, always, search, lambda names: _check_biases(plan, names))
     plan: WidthPlan = WidthPlan(
         model,
         config,
@@ -131,6 +133,7 @@ def _asked(
     demand: Demand,
     entry: Entry,
     always: Mapping[Place, int],
+    search: Evolution | None,
     check_biases: Any,
 ) -> Narrow:
     """`always`: what goes in any case, beside what `entry` spreads."""
@@ -139,7 +142,7 @@ def _asked(
     def spread(scores: Mapping[Place, torch.Tensor]) -> dict[Place, int]:
         return {**none, **always, **(entry.spread(demand, scores) if demand.parameters else {})}
 
-    return Narrow(roles, units, spread, entry.scored and demand.parameters > 0, check_biases)
+    return Narrow(roles, units, spread, entry.scored and demand.parameters > 0, check_biases, search)
 
 
 def _narrow_hidden(

@@ -63,6 +63,7 @@ class UnitMethod:
     patterns: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str] = "plain"
     takes_list: ClassVar[bool] = False
+    searches: ClassVar[bool] = False  # whether it can be asked to search for the amounts
 
     def way(self) -> Way:
         """How the method goes."""
@@ -71,6 +72,10 @@ class UnitMethod:
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         """Whether the method can handle a model; raises UserError. Reads no weights."""
         way = self.way()
+        if asked.search is not None and not self.searches:
+            raise UserError(
+                "allocation=evolutionary chooses among levels of group-obs (ziplm, slimgpt, osscar); use that method"
+            )
         if HIDDEN in asked.units and way.hidden is None:
             raise UserError(
                 f"this method has no scores for dimensions of the hidden state ({RESIDUAL}); llm-pruner, minitron, "
@@ -154,19 +159,20 @@ def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
         found.removed[HIDDEN] = lowest(found.scores[HIDDEN], counts[HIDDEN])
     states = trunk.enter() if way.reads else []
     dense: States = list(states) if way.aim else []
-    for index, places in _by_layer(trunk, asked):
+    for index, places in by_layer(trunk, asked):
         with trunk.loaded(index):
             inputs: list[Inputs] | None = None
             if dense:
                 plain = [one for one in places if not asked.units[one].stacked]
                 inputs, dense = record(trunk, index, dense, _names(asked, plain))
-            layer = _Layer(trunk, index, asked, way, states, inputs)
+            layer = Layer(trunk, index, asked, way, states, inputs)
             after: States | None = None
             if states and not way.pruned:
                 layer.stats, after = layer.measured(places), trunk.run(index, states)
             with holding(trunk.units[index].module, layer.starting_values(places)) as held:
-                for half in _halves(places):
-                    layer.narrow(half, counts, held, found)
+                for half in halves(places):
+                    stats = layer.stats if layer.stats is not None else layer.measured(half)
+                    layer.narrow(half, stats, counts, held, found)
                 if states:
                     states = trunk.run(index, states) if after is None else after
     return found
@@ -177,20 +183,20 @@ def scores_of(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, torch.Tensor
     scores: dict[Place, torch.Tensor] = {}
     kinds = way.reads - {DRIFT}
     states = trunk.enter() if kinds else []
-    for index, places in _by_layer(trunk, asked):
+    for index, places in by_layer(trunk, asked):
         unit = trunk.units[index]
         with trunk.loaded(index):
             values = {unit.prefix + name: one for name, one in unit.module.named_parameters()}
             stats = measure(trunk, index, states, _names(asked, places), kinds) if kinds and places else {}
             for place in places:
                 some = evidences(asked.units[place], stats, values)
-                scores[place] = torch.cat([_choose(one, one.count - one.strata, way)[1].cpu() for one in some])
+                scores[place] = torch.cat([choose(one, one.count - one.strata, way)[1].cpu() for one in some])
             states = trunk.run(index, states) if states else []
     return scores
 
 
 @dataclass
-class _Layer:
+class Layer:
     """One layer on its way to fewer units."""
 
     trunk: Trunk
@@ -229,16 +235,20 @@ class _Layer:
         return values
 
     def narrow(
-        self, half: list[Place], counts: Mapping[Place, int], held: Mapping[str, torch.Tensor], found: Narrowed
+        self,
+        half: list[Place],
+        stats: Mapping[str, Stats],
+        counts: Mapping[Place, int],
+        held: Mapping[str, torch.Tensor],
+        found: Narrowed,
     ) -> None:
-        """Choose the units of `half` that go, and change the values that are `held` in the layer."""
-        stats = self.stats if self.stats is not None else self.measured(half)
+        """Choose the units of `half` that go, by `stats`, and change the values that are `held` in the layer."""
         values = {self.prefix + name: one.data for name, one in held.items()}
         for place in half:
             units, scores = self.asked.units[place], []
             each = counts[place] // (units.strata if units.stacked else 1)
             for evidence in evidences(units, stats, values):
-                gone, score_U = _choose(evidence, each, self.way)
+                gone, score_U = choose(evidence, each, self.way)
                 found.removed[place] += [evidence.first + unit for unit in gone]
                 scores.append(score_U.cpu())
                 self._make_up(evidence, gone, values, found)
@@ -299,7 +309,7 @@ def bias_name(weight: str) -> str:
     return f"{weight.removesuffix('weight')}bias"
 
 
-def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
+def choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
     """The units that go, and the scores of all."""
     if evidence.stats is None and way.reads:
         # no token came by: what is left to go by is the size of the weights
@@ -319,12 +329,12 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
     return trace.order, score_U.nan_to_num(posinf=max(trace.losses, default=0.0))
 
 
-def _by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
+def by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
     for index in range(trunk.depth):
         yield index, [place for place in asked.units if place[0] == index]
 
 
-def _halves(places: list[Place]) -> Iterator[list[Place]]:
+def halves(places: list[Place]) -> Iterator[list[Place]]:
     """Places that write through the same matrix, in the order of the forward pass."""
     heads = [place for place in places if place[1] in HEADS]
     for half in (heads, [place for place in places if place not in heads]):
