@@ -62,7 +62,7 @@ def test_a_sweep_and_a_budget_of_a_width_method(tmp_path: Path) -> None:
     width: dict[str, Any] = {"width.units": ["channel"], "width.round_to": 4}
     found = llmprune.search(
         DEMO, out=tmp_path / "s", methods="group-obs,group-magnitude", amounts="0.1,0.3", sweep=True,
-        budget="ppl<=1.5x", levels="0.1,0.2,0.3", **RUNS, **TEXT, **width,
+        budget="ppl<=2x", levels="0.1,0.2,0.3", **RUNS, **TEXT, **width,
     )  # fmt: skip
     assert [(row["method"], row["amount"]) for row in found["sweep"]] == [
         (method, amount) for method in ("group-obs", "group-magnitude") for amount in ("0.1", "0.3")
@@ -74,7 +74,7 @@ def test_a_sweep_and_a_budget_of_a_width_method(tmp_path: Path) -> None:
         assert row["ppl"] == measured(tmp_path / str(number))
         assert row["params_after"] == result.report["totals"]["params_after"] < row["params_before"]
     best = found["budget"]["best"]
-    assert best["ppl"] <= found["budget"]["limit"] == 1.5 * found["dense"]["ppl"]
+    assert best["ppl"] <= found["budget"]["limit"] == 2 * found["dense"]["ppl"]
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "s" / f"{best['method']}-{best['amount']}")
     assert sum(one.numel() for one in small.parameters()) == best["params_after"]
     with pytest.raises(UserError, match="takes none of the amounts"):
