@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from llmprune.allocation.evolution import Evolution
 from llmprune.allocation.widths import HEADS, Demand, Entry, spread_of
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, Units, find_units
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, Units, find_units
 from llmprune.checkpoint.narrow import Room, check_shapes, holds, layer_entries, narrow_config, with_biases
 from llmprune.checkpoint.remote import add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, rebuild_layers
@@ -23,7 +23,7 @@ from llmprune.methods.structural import Narrow
 from llmprune.recipe import Recipe, nearest
 from llmprune.types import UserError
 
-KINDS = (KV_GROUP, QUERY_HEAD, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
+KINDS = (KV_GROUP, QUERY_HEAD, VALUE, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
 USUAL = (KV_GROUP, CHANNEL, EXPERT_CHANNEL)
 
 
@@ -57,7 +57,7 @@ class WidthPlan:
     def differ(self, slicing: Slicing, new: PreTrainedModel, *configs: Any) -> None:
         """Where every layer may have a width of its own: change those of an empty model, and tell configurations."""
         if self.ragged:
-            entries = layer_entries(self.config, slicing, len(self.roles.layers))
+            entries = layer_entries(self.config, slicing, self.roles)
             rebuild_layers(new, self.roles.path, entries)
             for one in configs:
                 add_entries(one, self.roles.path, entries)
@@ -71,9 +71,11 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     depth = len(roles.layers)
     if settings.protect_first + settings.protect_last >= depth:
         raise UserError(f"all of the {depth} layers are protected; at least one must lose heads or channels")
-    room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one != RESIDUAL])
-    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
     ragged = recipe.layout == "remote-code"
+    # what plain classes hold does not matter for value dimensions with code of their own, and is another question below
+    aside = (RESIDUAL, VALUE) if ragged else (RESIDUAL,)
+    room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one not in aside])
+    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
     if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
         raise UserError(
             "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
@@ -125,6 +127,8 @@ def check_width(recipe: Recipe) -> None:
             raise UserError(f"unknown unit {kind!r}{nearest(kind, list(KINDS))}")
     if set(recipe.width.units) >= {KV_GROUP, QUERY_HEAD}:
         raise UserError(f"units {KV_GROUP} and {QUERY_HEAD} overlap; take out one of them")
+    if VALUE in recipe.width.units and {KV_GROUP, QUERY_HEAD} & set(recipe.width.units):
+        raise UserError(f"units {VALUE} are parts of heads; take out either heads or {VALUE}s")
 
 
 def _asked(

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, KV_GROUP, RESIDUAL, Units, find_units
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, RESIDUAL, Units, find_units
+from llmprune.checkpoint.skeleton import run_experts_one_by_one
 from llmprune.checkpoint.slicing import HIDDEN
+from llmprune.engine.gates import gated
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.group_fisher import GroupFisher
@@ -282,6 +284,29 @@ def test_fisher_scores_are_squared_gradients_of_gates() -> None:
         gradient = own_gradients(model, ids[row : row + 1])["model.layers.2.mlp.down_proj.weight"]
         expected += float((gradient[:, 5] * down.detach()[:, 5].double()).sum()) ** 2
     assert float(found[(2, CHANNEL)][5]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_fisher_scores_of_experts_and_what_gates_of_zero_leave() -> None:
+    model = tiny.build("mixtral")
+    trunk, asked = setting(model)
+    units = find_units(asked.roles, [EXPERT_CHANNEL])
+    asked = replace(asked, units={(one.layer, one.kind): one for one in units})
+    ids = trunk.batches[0]["input_ids"]
+    name = "model.layers.1.mlp.experts.down_proj"
+    down_EOI = model.get_parameter(name).detach().double()
+    with run_experts_one_by_one(model):
+        found_U = GroupFisher().scores(trunk, asked)[(1, EXPERT_CHANNEL)]
+        each = [own_gradients(model, ids[row : row + 1])[name] for row in range(len(ids))]
+        expected_EI = torch.stack([(one * down_EOI).sum(1).square() for one in each]).sum(0)
+        assert float((found_U.view(expected_EI.shape) / expected_EI - 1).abs().max()) <= 1e-3
+        gates = {(one.layer, one.kind): torch.ones(one.count) for one in units}
+        gates[(1, EXPERT_CHANNEL)][3 * 48 + 5] = 0  # of the last expert
+        with gated(model, units, gates):
+            without = mean_loss(model, ids)
+        before = model.get_parameter(name).data.clone()
+        model.get_parameter(name).data[3, :, 5] = 0
+        assert float(without) == pytest.approx(float(mean_loss(model, ids)), rel=1e-9)
+        assert float((model.get_parameter(name) - before).abs().max()) > 0
 
 
 def test_thinet_adds_the_unit_that_costs_least() -> None:

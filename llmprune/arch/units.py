@@ -16,6 +16,7 @@ from llmprune.arch.roles import Attention, LayerRoles, Mlp, Roles, Weight
 
 KV_GROUP = "kv-group"  # a key-value head with all query heads that read it
 QUERY_HEAD = "query-head"  # a query head alone; every kv group keeps as many
+VALUE = "value-dimension"  # a dimension of what a kv head hands on; every kv head keeps as many
 CHANNEL = "channel"  # an inner feature of an MLP
 EXPERT_CHANNEL = "expert-channel"  # the same of one expert; every expert keeps as many
 RESIDUAL = "residual"  # a dimension of the hidden state, in the whole model at once
@@ -39,8 +40,8 @@ class Member:
 class Units:
     """The `count` units of one kind in a layer (or, with `layer` None, in the model).
 
-    Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads,
-    experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
+    Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads
+    or of value dimensions, experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
     `cost`: parameters that go with one unit.
     """
 
@@ -85,6 +86,8 @@ def find_units(roles: Roles, kinds: Sequence[str], shapes: Mapping[str, torch.Si
 def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: Mapping[str, torch.Size]) -> Iterator[Units]:
     if kind in (KV_GROUP, QUERY_HEAD):
         yield _heads(kind, index, layer.attention, shapes)
+    elif kind == VALUE and layer.attention.value is not None:
+        yield _values(index, layer.attention, layer.attention.value, shapes)
     elif kind == CHANNEL and layer.mlp is not None:
         yield _channels(kind, index, layer.mlp, shapes)
     elif kind == EXPERT_CHANNEL and layer.experts is not None:
@@ -120,6 +123,16 @@ def _heads(kind: str, index: int, one: Attention, shapes: Mapping[str, torch.Siz
     members.append(Member(one.output.name, one.output.input_axis, queries_UN))
     strata = 1 if whole else one.groups
     return _units(kind, index, count, strata, members, shapes, one.output, queries_UN)
+
+
+def _values(index: int, one: Attention, value: Weight, shapes: Mapping[str, torch.Size]) -> Units:
+    """A row of v, and the column of o that takes it up in each query head of the group."""
+    rows_UN = torch.arange(one.groups * one.head_dim)[:, None]
+    ratio = one.heads // one.groups
+    head_UN = rows_UN // one.head_dim * ratio + torch.arange(ratio)
+    columns_UN = head_UN * one.head_dim + rows_UN % one.head_dim
+    members = [*_rows(value, rows_UN), Member(one.output.name, one.output.input_axis, columns_UN)]
+    return _units(VALUE, index, len(rows_UN), one.groups, members, shapes, one.output, columns_UN)
 
 
 def _channels(kind: str, index: int, one: Mlp, shapes: Mapping[str, torch.Size]) -> Units:

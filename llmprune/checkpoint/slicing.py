@@ -84,6 +84,12 @@ class Slicing:
         gone = set(self.removed[place])
         return [unit for unit in range(self.units[place].count) if unit not in gone]
 
+    def kept_along(self, parameter: str, axis: int) -> list[int]:
+        """The entries along an axis of a parameter that are there in the result."""
+        one = self._axes.get(parameter, {}).get(axis)
+        everything = torch.arange(self._shapes[parameter][axis])
+        return (everything if one is None else everything[~one.gone]).tolist()
+
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter in the result."""
         return {name: self._shape(name) for name in self._shapes}

@@ -11,33 +11,30 @@ from torch import nn
 
 from llmprune.arch.units import Units
 from llmprune.checkpoint.slicing import Place
-from llmprune.types import UserError
 
 
 @contextlib.contextmanager
 def gated(model: nn.Module, units: Iterable[Units], gates: Mapping[Place, torch.Tensor]) -> Iterator[None]:
     """While active, the units of each place are multiplied by its gate: U long, or B x U for B sequences.
 
-    Raises UserError for fused experts, whose matrices are no modules.
+    Units of fused experts take one gate for all sequences.
     """
     with contextlib.ExitStack() as stack:
         for one in units:
+            assert one.writer is not None
             gate = gates[(one.layer, one.kind)]
-            stack.callback(_writer(model, one).register_forward_pre_hook(_multiply(one, gate)).remove)
+            owner, _, short = one.writer.name.rpartition(".")
+            module = model.get_submodule(owner)
+            if one.stacked:
+                # these matrices are no modules, but a factor on an input is one on the column that reads it
+                matrix = module._parameters[short]
+                assert matrix is not None and gate.numel() == one.count
+                stack.callback(module._parameters.__setitem__, short, matrix)
+                factor = gate.view(one.strata, 1, one.size).to(matrix.dtype)
+                module._parameters[short] = matrix * factor  # type: ignore[assignment]
+            else:
+                stack.callback(module.register_forward_pre_hook(_multiply(one, gate)).remove)
         yield
-
-
-def check_gates(model: nn.Module, units: Iterable[Units]) -> None:
-    """Whether all units can be gated; raises UserError."""
-    for one in units:
-        _writer(model, one)
-
-
-def _writer(model: nn.Module, units: Units) -> nn.Module:
-    assert units.writer is not None
-    if units.stacked:
-        raise UserError("this method switches units of modules on and off, which fused experts are not; use another")
-    return model.get_submodule(units.writer.name.removesuffix(".weight"))
 
 
 def _multiply(units: Units, gate: torch.Tensor) -> Any:

@@ -56,12 +56,13 @@ class Way(NamedTuple):
 
 
 REMOTE = {"layout": "remote-code"}
+SEARCH = {"allocation": "evolutionary", "width": {"generations": 12, "offspring": 16}, **REMOTE}
 FULL = {"compensate": "least-squares"}
 METHODS = {
     DEFAULT: Way("group-obs", keys={"allocation": "balanced"}),
     "group-obs uniform": Way("group-obs", alone=False),
     "group-obs rising": Way("group-obs", keys={"allocation": "rising", **REMOTE}, alone=False, plain=False),
-    "group-obs evolutionary": Way("group-obs", keys={"allocation": "evolutionary", **REMOTE}, alone=False, plain=False),
+    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
     "ziplm (dense stream)": Way("group-obs", {"stream": "dense"}, {"allocation": "balanced"}),
     "random": Way("random-units"),
     "magnitude L1": Way("group-magnitude", {"norm": 1}),
@@ -88,10 +89,10 @@ METHODS = {
 }
 
 
-def measured(folder: str | Path, text: str) -> float:
+def measured(folder: str | Path, name: str) -> float:
     model = llmprune.load(folder, dtype="float32").eval()
-    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    spec = f"file:{record.SHARED / 'data' / f'{MODELS[name]}-eval.txt'}"
+    tokenizer = AutoTokenizer.from_pretrained(record.SHARED / "models" / name)
     return float(measure(model, tokenizer, spec, seqlen=256, max_windows=120, batch_size=16)["ppl"])
 
 
@@ -138,7 +139,7 @@ def row_of(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         totals, structure = report["totals"], report["structure"]
         return {
-            "ppl": measured(out, MODELS[name]),
+            "ppl": measured(out, name),
             "params": totals["params_after"] - totals["zeros"],
             "widths": structure.get("widths") or structure.get("hidden"),
             "seconds": seconds,
@@ -152,7 +153,7 @@ def dense_of(name: str) -> dict[str, Any]:
     model = llmprune.load(folder, dtype="float32")
     layers = sum(one.numel() for one in model.model.layers.parameters())
     params = sum(one.numel() for one in model.parameters())
-    return {"ppl": measured(folder, MODELS[name]), "params": params, "layers": layers}
+    return {"ppl": measured(folder, name), "params": params, "layers": layers}
 
 
 def wanted(names: list[str], labels: list[str], kinds: list[str]) -> Iterator[tuple[str, str, str, float]]:

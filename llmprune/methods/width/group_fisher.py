@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from transformers import PreTrainedModel
 
 from llmprune.checkpoint.slicing import Place
-from llmprune.engine.gates import check_gates
 from llmprune.engine.gradients import gate_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
@@ -27,11 +25,9 @@ class GroupFisher(ModelScores):
     paper: ClassVar[str] = "arXiv:2108.00708"
     memory: ClassVar[str] = "one layer and its activations for one batch; what enters every layer, for all tokens"
 
-    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
-        super().check(model, asked)
-        check_gates(model, asked.units.values())
-
     def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        if any(one.stacked for one in asked.units.values()):
+            trunk = trunk.rows()  # a gate of an expert is one for the whole batch
         # of each sequence's own loss, not of its share in a batch
         sizes = [len(batch["input_ids"]) for batch in trunk.batches]
         size_B = torch.tensor([size for size in sizes for _ in range(size)], dtype=torch.float64)

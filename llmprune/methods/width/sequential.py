@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Weight
-from llmprune.arch.units import KV_GROUP, QUERY_HEAD, RESIDUAL
+from llmprune.arch.units import KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE
 from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
@@ -35,7 +35,8 @@ class Way:
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
     puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
-    `hidden`: the scores of dimensions of the hidden state in the dense model, of a method that has such.
+    `hidden`: the scores of dimensions of the hidden state in the dense model, of a method that has such. `turn`: a new
+    basis for the value dimensions of each kv head, in which they are chosen.
     """
 
     score: Score | None
@@ -46,6 +47,7 @@ class Way:
     kinds: frozenset[str] = frozenset()
     unique: bool = False
     hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
+    turn: Callable[[Evidence], torch.Tensor] | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -172,6 +174,8 @@ def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
             with holding(trunk.units[index].module, layer.starting_values(places)) as held:
                 for half in halves(places):
                     stats = layer.stats if layer.stats is not None else layer.measured(half)
+                    if layer.turned(half, stats, counts, held, found):
+                        stats = layer.measured(half)
                     layer.narrow(half, stats, counts, held, found)
                 if states:
                     states = trunk.run(index, states) if after is None else after
@@ -233,6 +237,35 @@ class Layer:
                     values[f"{name.removesuffix('bias')}weight"].new_zeros(writer.outputs) if old is None else old
                 )
         return values
+
+    def turned(
+        self,
+        half: list[Place],
+        stats: Mapping[str, Stats],
+        counts: Mapping[Place, int],
+        held: Mapping[str, torch.Tensor],
+        found: Narrowed,
+    ) -> bool:
+        """Bring the value dimensions that are `held` into a new basis, if the way has one; returns whether it did."""
+        place = (self.index, VALUE)
+        if self.way.turn is None or place not in half or not counts[place]:
+            return False
+        attention = self.asked.roles.layers[self.index].attention
+        assert attention.value is not None
+        values = {self.prefix + name: one.data for name, one in held.items()}
+        (evidence,) = evidences(self.asked.units[place], stats, values)
+        basis_GHK = self.way.turn(evidence)
+        back_GKH = torch.linalg.inv(basis_GHK)
+        for name, axis in ((attention.value.name, attention.value.output_axis), (attention.value.bias, 0)):
+            if name is not None:
+                rows_GHD = values[name].movedim(axis, 0).double().view(*basis_GHK.shape[:2], -1)
+                turned = (basis_GHK.mT @ rows_GHD).reshape(values[name].movedim(axis, 0).shape).movedim(0, axis)
+                values[name].copy_(turned)
+                found.values[name] = values[name].cpu().clone()
+        columns = values[attention.output.name].movedim(attention.output.input_axis, 0)
+        columns_GRHO = columns.double().view(len(basis_GHK), -1, basis_GHK.shape[1], columns.shape[-1])
+        columns.copy_((back_GKH[:, None] @ columns_GRHO).view(columns.shape))
+        return True
 
     def narrow(
         self,
@@ -336,7 +369,7 @@ def by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
 
 def halves(places: list[Place]) -> Iterator[list[Place]]:
     """Places that write through the same matrix, in the order of the forward pass."""
-    heads = [place for place in places if place[1] in HEADS]
+    heads = [place for place in places if place[1] in (*HEADS, VALUE)]
     for half in (heads, [place for place in places if place not in heads]):
         if half:
             yield half
