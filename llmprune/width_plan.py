@@ -198,6 +198,9 @@ def _check_biases(plan: WidthPlan, names: Sequence[str]) -> None:
 
 def _kinds(roles: Roles, room: Room, wanted: Sequence[str]) -> Sequence[str]:
     """The units that go: those asked for, else the usual ones that the class can hold fewer of."""
+    lacking = [kind for kind in wanted if not find_units(roles, [kind])]
+    if lacking:
+        raise UserError(f"a {type(roles.model).__name__} has no {lacking[0]}s that could go; name other units")
     kinds = wanted or [one for one in USUAL if one not in room.fixed]
     if not find_units(roles, kinds):
         raise UserError(

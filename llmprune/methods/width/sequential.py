@@ -258,12 +258,12 @@ class Layer:
         back_GKH = torch.linalg.inv(basis_GHK)
         for name, axis in ((attention.value.name, attention.value.output_axis), (attention.value.bias, 0)):
             if name is not None:
-                rows_GHD = values[name].movedim(axis, 0).double().view(*basis_GHK.shape[:2], -1)
+                rows_GHD = values[name].movedim(axis, 0).double().reshape(*basis_GHK.shape[:2], -1)
                 turned = (basis_GHK.mT @ rows_GHD).reshape(values[name].movedim(axis, 0).shape).movedim(0, axis)
                 values[name].copy_(turned)
                 found.values[name] = values[name].cpu().clone()
         columns = values[attention.output.name].movedim(attention.output.input_axis, 0)
-        columns_GRHO = columns.double().view(len(basis_GHK), -1, basis_GHK.shape[1], columns.shape[-1])
+        columns_GRHO = columns.double().reshape(len(basis_GHK), -1, basis_GHK.shape[1], columns.shape[-1])
         columns.copy_((back_GKH[:, None] @ columns_GRHO).view(columns.shape))
         return True
 
