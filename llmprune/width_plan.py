@@ -25,6 +25,8 @@ from llmprune.types import UserError
 
 KINDS = (KV_GROUP, QUERY_HEAD, VALUE, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
 USUAL = (KV_GROUP, CHANNEL, EXPERT_CHANNEL)
+# rows of fused experts start at multiples of 16 bytes, in formats of 2 bytes
+EXPERT_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     aside = (RESIDUAL, VALUE) if ragged else (RESIDUAL,)
     room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one not in aside])
     units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
+    of_experts = any(kind in (EXPERT_CHANNEL, RESIDUAL) for _, kind in units) and any(
+        one.experts for one in roles.layers
+    )
+    if of_experts and settings.round_to % EXPERT_STEP:
+        raise UserError(
+            f"width.round_to={settings.round_to} gives the products of fused experts sizes that they do not take: "
+            f"name a multiple of {EXPERT_STEP}"
+        )
     if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
         raise UserError(
             "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
