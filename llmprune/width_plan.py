@@ -78,21 +78,7 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     aside = (RESIDUAL, VALUE) if ragged else (RESIDUAL,)
     room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one not in aside])
     units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
-    of_experts = any(kind in (EXPERT_CHANNEL, RESIDUAL) for _, kind in units) and any(
-        one.experts for one in roles.layers
-    )
-    if of_experts and settings.round_to % EXPERT_STEP:
-        raise UserError(
-            f"width.round_to={settings.round_to} gives the products of fused experts sizes that they do not take: "
-            f"name a multiple of {EXPERT_STEP}"
-        )
-    if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
-        raise UserError(
-            "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
-            f"even sizes: the experts of every layer have one width. Name other units, as width.units={KV_GROUP}"
-        )
-    if ragged and HIDDEN in units:
-        raise UserError(f"{RESIDUAL} dimensions go in the whole model alike; leave the layout plain")
+    _check_kinds(recipe, roles, {kind for _, kind in units})
     free = range(settings.protect_first, depth - settings.protect_last)
     losing = {place: one for place, one in units.items() if place[0] in free}
     needed = _parameters_to_go(model, roles, recipe)
@@ -101,7 +87,7 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
         rest = sum(one.cost * one.count for one in losing.values())
         hidden, lost = _narrow_hidden(model, config, roles, recipe, units[HIDDEN], rest, needed)
         needed = max(needed - lost, 0)
-        narrower = find_units(roles, [kind for _, kind in losing], hidden.shapes())
+        narrower = find_units(roles, list(dict.fromkeys(kind for _, kind in losing)), hidden.shapes())
         losing = {place: one for one in narrower if (place := (one.layer, one.kind)) in losing}
     # where heads become zeros, any number of them may
     heads = room.heads or range(1, max((one.size for one in units.values() if one.kind in HEADS), default=1))
@@ -121,6 +107,23 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     )
     plan.config_of(plan.example())
     return plan
+
+
+def _check_kinds(recipe: Recipe, roles: Roles, kinds: set[str]) -> None:
+    """Whether these units can go with this layout and step; raises UserError."""
+    step, ragged = recipe.width.round_to, recipe.layout == "remote-code"
+    if kinds & {EXPERT_CHANNEL, RESIDUAL} and any(one.experts for one in roles.layers) and step % EXPERT_STEP:
+        raise UserError(
+            f"width.round_to={step} gives the products of fused experts sizes that they do not take: "
+            f"name a multiple of {EXPERT_STEP}"
+        )
+    if ragged and EXPERT_CHANNEL in kinds:
+        raise UserError(
+            "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
+            f"even sizes: the experts of every layer have one width. Name other units, as width.units={KV_GROUP}"
+        )
+    if ragged and RESIDUAL in kinds:
+        raise UserError(f"{RESIDUAL} dimensions go in the whole model alike; leave the layout plain")
 
 
 def check_width(recipe: Recipe) -> None:
