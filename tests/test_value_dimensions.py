@@ -53,7 +53,7 @@ def test_a_group_is_turned_for_all_its_query_heads() -> None:
     writer_OI = draw(32, 32, seed=5)
     assert units.columns_UN is not None
     evidence = Evidence(units, 0, units.columns_UN, units.strata, writer_OI.float(), stats, {})
-    bases_GHK = MoDeGPT(damping=0.0).turn(evidence)
+    bases_GHK = MoDeGPT(damping=0.0).value_basis(evidence)
     assert bases_GHK.shape == (4, 4, 4)
     # query heads 2 and 3 read kv head 1
     parts = [slice(8, 12), slice(12, 16)]

@@ -37,9 +37,9 @@ class MoDeGPT(UnitMethod):
 
     def way(self) -> Way:
         kinds = frozenset({GRAM})
-        return Way(self.score, "least-squares", damping=self.damping, kinds=kinds, turn=self.turn)
+        return Way(self.score, "least-squares", damping=self.damping, kinds=kinds, basis=self.value_basis)
 
-    def turn(self, evidence: Evidence) -> torch.Tensor:
+    def value_basis(self, evidence: Evidence) -> torch.Tensor:
         """The singular directions of every kv head, head by head, as columns: G x h x h."""
         assert evidence.stats is not None
         columns_GHR = evidence.columns_UN.unflatten(0, (evidence.strata, -1))

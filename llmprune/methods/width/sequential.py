@@ -35,7 +35,7 @@ class Way:
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
     puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
-    `hidden`: the scores of dimensions of the hidden state in the dense model, of a method that has such. `turn`: a new
+    `hidden`: the scores of dimensions of the hidden state in the dense model, of a method that has such. `basis`: a new
     basis for the value dimensions of each kv head, in which they are chosen.
     """
 
@@ -47,7 +47,7 @@ class Way:
     kinds: frozenset[str] = frozenset()
     unique: bool = False
     hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
-    turn: Callable[[Evidence], torch.Tensor] | None = None
+    basis: Callable[[Evidence], torch.Tensor] | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -248,13 +248,13 @@ class Layer:
     ) -> bool:
         """Bring the value dimensions that are `held` into a new basis, if the way has one; returns whether it did."""
         place = (self.index, VALUE)
-        if self.way.turn is None or place not in half or not counts[place]:
+        if self.way.basis is None or place not in half or not counts[place]:
             return False
         attention = self.asked.roles.layers[self.index].attention
         assert attention.value is not None
         values = {self.prefix + name: one.data for name, one in held.items()}
         (evidence,) = evidences(self.asked.units[place], stats, values)
-        basis_GHK = self.way.turn(evidence)
+        basis_GHK = self.way.basis(evidence)
         back_GKH = torch.linalg.inv(basis_GHK)
         for name, axis in ((attention.value.name, attention.value.output_axis), (attention.value.bias, 0)):
             if name is not None:
