@@ -16,7 +16,7 @@ from torch import nn
 from llmprune.arch.units import Units
 from llmprune.engine.gates import gated
 from llmprune.engine.trunk import States, Trunk, token_losses
-from llmprune.types import Gradient
+from llmprune.types import Gradient, in_blocks
 
 # Sums over the batches for some parameters of a layer, by their names in it.
 Found = dict[str, Gradient]
@@ -24,15 +24,17 @@ T = TypeVar("T")
 
 
 def loss_gradients(
-    trunk: Trunk, parameters: Sequence[Sequence[str]], outside: Sequence[str] = ()
+    trunk: Trunk, parameters: Sequence[Sequence[str]], outside: Sequence[str] = (), *, blocks: bool = False
 ) -> Iterator[tuple[int, Found]]:
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
 
     A batch is one sample (see `Gradient`). Yields while the layer is loaded. Then those of parameters `outside` the
     layers, if any, by their whole names, as of layer -1.
+
+    `blocks`: with their products in blocks of weights, `FISHER_BLOCK` values more for each weight of the layer.
     """
     final, below = yield from _descend(
-        trunk, lambda index, entered, above: _backwards(trunk, index, entered, above, parameters[index])
+        trunk, lambda index, entered, above: _backwards(trunk, index, entered, above, parameters[index], blocks)
     )
     if outside:
         yield -1, _outside(trunk, final, below, outside)
@@ -138,16 +140,20 @@ def _of_loss(trunk: Trunk, batch: int, state: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, state)[0]
 
 
-def _none(parameter: torch.Tensor) -> Gradient:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return Gradient(torch.zeros_like(parameter, dtype=dtype), torch.zeros_like(parameter, dtype=dtype))
+def _none(parameter: torch.Tensor, blocks: bool = False) -> Gradient:
+    zeros = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    rows = in_blocks(zeros) if blocks else None
+    outer = None if rows is None else rows.new_zeros(*rows.shape, rows.shape[-1])
+    return Gradient(zeros, zeros.clone(), blocks_RNBB=outer)
 
 
-def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str]) -> tuple[Found, States]:
+def _backwards(
+    trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str], blocks: bool = False
+) -> tuple[Found, States]:
     """Sums for a loaded layer, and the gradients of its inputs, from those of its outputs (`above`)."""
     module = trunk.units[index].module
     parameters = {name: module.get_parameter(name) for name in names}
-    found = {name: _none(one) for name, one in parameters.items()}
+    found = {name: _none(one, blocks) for name, one in parameters.items()}
     shares = _shares(trunk)
     below: States = []
     with differentiated(list(parameters.values())):
