@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from llmprune.arch.discover import find_units as find_layers
 from llmprune.checkpoint.narrow import check_shapes
-from llmprune.checkpoint.slicing import Slicing
+from llmprune.checkpoint.slicing import HIDDEN, Slicing
 from llmprune.checkpoint.surgery import graft
-from llmprune.engine.trunk import Trunk
+from llmprune.engine.trunk import States, Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
 from llmprune.restructuring import WEIGHT_KEYS, Restructuring, count
@@ -108,6 +109,17 @@ class Narrowing(Restructuring):
     def _comparable(self) -> bool:
         return True
 
+    def _tolerance(self, weights: Streamed) -> float:
+        if HIDDEN not in self._slicing.units:
+            return super()._tolerance(weights)
+        # every norm has a new gain, rounded to the stored dtype: errors that add up like a random walk
+        stored = weights.storage_dtype(self._width.roles.layers[0].norms[0])
+        return max(super()._tolerance(weights), 4 * float(torch.finfo(stored).eps) * math.sqrt(2 * len(self._layers())))
+
+    def _entering(self, states: States) -> States:
+        gone = self._slicing.removed.get(HIDDEN, ())
+        return [one.index_fill(-1, torch.tensor(gone, device=one.device), 0) for one in states] if gone else states
+
     def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
         unit, slicing, values = self.plan.units[index], self._slicing, self._narrowed.values
         changed = {}
@@ -120,7 +132,7 @@ class Narrowing(Restructuring):
     def _structure(self) -> tuple[dict[str, Any], int]:
         rows = [
             {
-                "name": f"{self.plan.units[layer or 0].name} {kind}",
+                "name": kind if layer is None else f"{self.plan.units[layer].name} {kind}",
                 "kept": self._slicing.kept((layer, kind)),
                 "scores": self._narrowed.scores[(layer, kind)].tolist(),
             }

@@ -22,7 +22,7 @@ from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_co
 from llmprune.checkpoint.verify import verify
 from llmprune.engine.absent import entries_for, zeros_for
 from llmprune.engine.search import run_without
-from llmprune.engine.trunk import Trunk, holding
+from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
 from llmprune.memory import PeakMemory
@@ -312,7 +312,7 @@ class Restructuring(Job):
         weights = self._weights(writing=False)
         with self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, [{"input_ids": ids.to(self.device)}], weights)
-            states = trunk.enter()
+            states = self._entering(trunk.enter())
             for index in self._layers():
                 unit = self.plan.units[index]
                 gone = {(index, half) for half in self._silent.get(index, ())}
@@ -324,6 +324,10 @@ class Restructuring(Job):
                     with holding(unit.module, changed):
                         states = run_without(trunk, index, states, gone)
             return trunk.logits(0, states[0])
+
+    def _entering(self, states: States) -> States:
+        """The hidden state on entering the first layer, if what is left out of it is zero."""
+        return states
 
     def _changed(self, weights: Streamed | Resident, index: int) -> dict[str, torch.Tensor]:
         """The parameters of a loaded layer of the old model that have other values in the new one."""

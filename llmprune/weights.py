@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,9 @@ class Loads(Protocol):
 
     def free(self, unit: Unit) -> None:
         """The parameters of `unit` are not needed for now."""
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        """Make parameters outside the units usable, until a unit is loaded."""
 
 
 class Weights(Loads, Protocol):
@@ -53,6 +56,9 @@ class Resident:
         pass
 
     def free(self, unit: Unit) -> None:
+        pass
+
+    def fetch(self, parameters: Iterable[str]) -> None:
         pass
 
     def storage_dtype(self, parameter: str) -> torch.dtype:
@@ -120,6 +126,14 @@ class Streamed:
     def free(self, unit: Unit) -> None:
         _to_meta(unit.module)
         self._checkpoint.close()
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        wanted = list(parameters)
+        # a twin comes last: it replaces the parameter, and is tied to what it put there
+        twins = [name for name, source in self._model.all_tied_weights_keys.items() if source in wanted]
+        for name in (*wanted, *twins):
+            owner = name.rpartition(".")[0]
+            self._load_own(owner, self._model.get_submodule(owner))
 
     def storage_dtype(self, parameter: str) -> torch.dtype:
         return self._checkpoint.entries[self._routing.group_of(parameter).keys[0]].dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +11,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.allocation.evolution import Evolution
 from llmprune.allocation.widths import HEADS, Demand, Entry, spread_of
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, Units, find_units
-from llmprune.checkpoint.narrow import Room, check_shapes, layer_entries, narrow_config, with_biases
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, Units, find_units
+from llmprune.checkpoint.narrow import Room, check_shapes, holds, layer_entries, narrow_config, with_biases
 from llmprune.checkpoint.remote import add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, rebuild_layers
-from llmprune.checkpoint.slicing import Place, Slicing
+from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
 from llmprune.methods.structural import Narrow
 from llmprune.recipe import Recipe, nearest
 from llmprune.types import UserError
 
-KINDS = (KV_GROUP, QUERY_HEAD, CHANNEL, EXPERT_CHANNEL)
+KINDS = (KV_GROUP, QUERY_HEAD, VALUE, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
 USUAL = (KV_GROUP, CHANNEL, EXPERT_CHANNEL)
 # rows of fused experts start at multiples of 16 bytes, in formats of 2 bytes
 EXPERT_STEP = 8
@@ -57,7 +59,7 @@ class WidthPlan:
     def differ(self, slicing: Slicing, new: PreTrainedModel, *configs: Any) -> None:
         """Where every layer may have a width of its own: change those of an empty model, and tell configurations."""
         if self.ragged:
-            entries = layer_entries(self.config, slicing, len(self.roles.layers))
+            entries = layer_entries(self.config, slicing, self.roles)
             rebuild_layers(new, self.roles.path, entries)
             for one in configs:
                 add_entries(one, self.roles.path, entries)
@@ -71,26 +73,29 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     depth = len(roles.layers)
     if settings.protect_first + settings.protect_last >= depth:
         raise UserError(f"all of the {depth} layers are protected; at least one must lose heads or channels")
-    room = Room.of(model, config, roles, settings.units or USUAL)
-    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
-    if any(one.kind == EXPERT_CHANNEL for one in units.values()) and settings.round_to % EXPERT_STEP:
-        raise UserError(
-            f"width.round_to={settings.round_to} gives the products of fused experts sizes that they do not take: "
-            f"name a multiple of {EXPERT_STEP}"
-        )
     ragged = recipe.layout == "remote-code"
-    if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
-        raise UserError(
-            "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
-            f"even sizes: the experts of every layer have one width. Name other units, as width.units={KV_GROUP}"
-        )
+    # what plain classes hold does not matter for value dimensions with code of their own, and is another question below
+    aside = (RESIDUAL, VALUE) if ragged else (RESIDUAL,)
+    room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one not in aside])
+    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
+    _check_kinds(recipe, roles, {kind for _, kind in units})
     free = range(settings.protect_first, depth - settings.protect_last)
     losing = {place: one for place, one in units.items() if place[0] in free}
+    needed = _parameters_to_go(model, roles, recipe)
+    hidden = None
+    if HIDDEN in units:
+        rest = sum(one.cost * one.count for one in losing.values())
+        hidden, lost = _narrow_hidden(model, config, roles, recipe, units[HIDDEN], rest, needed)
+        needed = max(needed - lost, 0)
+        narrower = find_units(roles, list(dict.fromkeys(kind for _, kind in losing)), hidden.shapes())
+        losing = {place: one for one in narrower if (place := (one.layer, one.kind)) in losing}
     # where heads become zeros, any number of them may
     heads = room.heads or range(1, max((one.size for one in units.values() if one.kind in HEADS), default=1))
-    demand = Demand(losing, _parameters_to_go(model, roles, recipe), heads, settings.round_to)
+    demand = Demand(losing, needed, heads, settings.round_to)
     # called when the plan is there
-    asked = _asked(roles, units, demand, spread, lambda names: _check_biases(plan, names))
+    always = {HIDDEN: len(hidden.removed[HIDDEN])} if hidden else {}
+    search = Evolution(demand, settings.generations, settings.offspring, recipe.seed) if spread.searched else None
+    asked = _asked(roles, units, demand, spread, always, search, lambda names: _check_biases(plan, names))
     plan: WidthPlan = WidthPlan(
         model,
         config,
@@ -102,6 +107,23 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
     )
     plan.config_of(plan.example())
     return plan
+
+
+def _check_kinds(recipe: Recipe, roles: Roles, kinds: set[str]) -> None:
+    """Whether these units can go with this layout and step; raises UserError."""
+    step, ragged = recipe.width.round_to, recipe.layout == "remote-code"
+    if kinds & {EXPERT_CHANNEL, RESIDUAL} and any(one.experts for one in roles.layers) and step % EXPERT_STEP:
+        raise UserError(
+            f"width.round_to={step} gives the products of fused experts sizes that they do not take: "
+            f"name a multiple of {EXPERT_STEP}"
+        )
+    if ragged and EXPERT_CHANNEL in kinds:
+        raise UserError(
+            "layout=remote-code gives layers heads and channels of their own number, but the products of fused experts want "
+            f"even sizes: the experts of every layer have one width. Name other units, as width.units={KV_GROUP}"
+        )
+    if ragged and RESIDUAL in kinds:
+        raise UserError(f"{RESIDUAL} dimensions go in the whole model alike; leave the layout plain")
 
 
 def check_width(recipe: Recipe) -> None:
@@ -118,15 +140,66 @@ def check_width(recipe: Recipe) -> None:
             raise UserError(f"unknown unit {kind!r}{nearest(kind, list(KINDS))}")
     if set(recipe.width.units) >= {KV_GROUP, QUERY_HEAD}:
         raise UserError(f"units {KV_GROUP} and {QUERY_HEAD} overlap; take out one of them")
+    if VALUE in recipe.width.units and {KV_GROUP, QUERY_HEAD} & set(recipe.width.units):
+        raise UserError(f"units {VALUE} are parts of heads; take out either heads or {VALUE}s")
 
 
-def _asked(roles: Roles, units: dict[Place, Units], demand: Demand, entry: Entry, check_biases: Any) -> Narrow:
+def _asked(
+    roles: Roles,
+    units: dict[Place, Units],
+    demand: Demand,
+    entry: Entry,
+    always: Mapping[Place, int],
+    search: Evolution | None,
+    check_biases: Any,
+) -> Narrow:
+    """`always`: what goes in any case, beside what `entry` spreads."""
     none = dict.fromkeys(units, 0)
 
     def spread(scores: Mapping[Place, torch.Tensor]) -> dict[Place, int]:
-        return {**none, **entry.spread(demand, scores)}
+        return {**none, **always, **(entry.spread(demand, scores) if demand.parameters else {})}
 
-    return Narrow(roles, units, spread, entry.scored, check_biases)
+    return Narrow(roles, units, spread, entry.scored and demand.parameters > 0, check_biases, search)
+
+
+def _narrow_hidden(
+    model: PreTrainedModel, config: Any, roles: Roles, recipe: Recipe, units: Units, rest: int, needed: int
+) -> tuple[Slicing, int]:
+    """The edit that takes out dimensions of the hidden state, and how many of the `needed` parameters go with them.
+
+    Hidden state and other units (`rest`: all their parameters) lose equal shares. Raises UserError where no plain class
+    has the result.
+    """
+    known = roles.layout.narrow_hidden
+    if known is None or model.config.model_type not in known.types:
+        raise UserError(f"no plain class holds a {type(model).__name__} with fewer dimensions of the hidden state")
+    shapes = {name: one.shape for name, one in model.named_parameters()}
+    inside = f"{roles.path}." if recipe.ratio is not None else ""
+
+    def lost(slicing: Slicing) -> int:
+        left = slicing.shapes()
+        return sum(math.prod(one) - math.prod(left[name]) for name, one in shapes.items() if name.startswith(inside))
+
+    whole = units.count * lost(Slicing([units], shapes, {HIDDEN: [0]}))
+    most = math.floor(units.count * (1 - _equal_share(whole, rest, needed)) + 1e-9)
+    step = recipe.width.round_to
+    for left in range(most // step * step, 0, -step):
+        slicing = Slicing([units], shapes, {HIDDEN: range(left, units.count)})
+        if holds(model, config, slicing):
+            return slicing, lost(slicing)
+    raise UserError(
+        f"no hidden size of a {type(model).__name__} that is a multiple of {step} leaves so few parameters; ask for less"
+    )
+
+
+def _equal_share(whole: int, rest: int, needed: int) -> float:
+    """The share s of the hidden state and of the other units with which `needed` parameters go: s whole + s (1 - s) rest.
+
+    `whole` is what would go with all of the hidden state, `rest` the other units' part of it.
+    """
+    both = whole + rest
+    room = both**2 - 4 * rest * needed
+    return (both - math.sqrt(room)) / (2 * rest) if rest and room > 0 else min(needed / whole, 1.0)
 
 
 def _check_biases(plan: WidthPlan, names: Sequence[str]) -> None:
@@ -138,6 +211,9 @@ def _check_biases(plan: WidthPlan, names: Sequence[str]) -> None:
 
 def _kinds(roles: Roles, room: Room, wanted: Sequence[str]) -> Sequence[str]:
     """The units that go: those asked for, else the usual ones that the class can hold fewer of."""
+    lacking = [kind for kind in wanted if not find_units(roles, [kind])]
+    if lacking:
+        raise UserError(f"a {type(roles.model).__name__} has no {lacking[0]}s that could go; name other units")
     kinds = wanted or [one for one in USUAL if one not in room.fixed]
     if not find_units(roles, kinds):
         raise UserError(

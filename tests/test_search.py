@@ -57,6 +57,30 @@ def test_a_sweep_is_prune_and_eval_by_hand(tmp_path: Path) -> None:
     assert heads[3:] == ["non-zero parameters", "parameters", "prefill time", "decoding time"] and len(rows) == 4
 
 
+def test_a_sweep_and_a_budget_of_a_width_method(tmp_path: Path) -> None:
+    """Its amounts are shares of the parameters; what is smallest is counted in parameters that are left."""
+    width: dict[str, Any] = {"width.units": ["channel"], "width.round_to": 4}
+    found = llmprune.search(
+        DEMO, out=tmp_path / "s", methods="group-obs,group-magnitude", amounts="0.1,0.3", sweep=True,
+        budget="ppl<=2x", levels="0.1,0.2,0.3", **RUNS, **TEXT, **width,
+    )  # fmt: skip
+    assert [(row["method"], row["amount"]) for row in found["sweep"]] == [
+        (method, amount) for method in ("group-obs", "group-magnitude") for amount in ("0.1", "0.3")
+    ]
+    for number, row in enumerate(found["sweep"]):
+        result = llmprune.prune(
+            DEMO, out=tmp_path / str(number), method=row["method"], ratio=float(row["amount"]), **RUNS, **width
+        )
+        assert row["ppl"] == measured(tmp_path / str(number))
+        assert row["params_after"] == result.report["totals"]["params_after"] < row["params_before"]
+    best = found["budget"]["best"]
+    assert best["ppl"] <= found["budget"]["limit"] == 2 * found["dense"]["ppl"]
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "s" / f"{best['method']}-{best['amount']}")
+    assert sum(one.numel() for one in small.parameters()) == best["params_after"]
+    with pytest.raises(UserError, match="takes none of the amounts"):
+        llmprune.search(DEMO, out=tmp_path / "t", methods="group-obs", amounts="2:4,3", **RUNS, **TEXT)
+
+
 @pytest.mark.parametrize("layout", ["demo", "mixtral"])
 def test_a_scan_prunes_one_layer_alone(layout: str, tmp_path: Path) -> None:
     model = DEMO

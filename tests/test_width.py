@@ -64,6 +64,43 @@ def test_every_method_writes_a_plain_smaller_model(method: str, tmp_path: Path) 
     assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
 
 
+HIDDEN = [("minitron", ["channel", "residual"]), ("llm-pruner", ["residual"]), ("group-magnitude", ["residual"])]
+
+
+@pytest.mark.parametrize(("method", "units"), [*HIDDEN, ("random-units", ["kv-group", "channel", "residual"])])
+def test_one_set_of_hidden_dimensions_for_the_whole_model(method: str, units: list[str], tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    settings: dict[str, Any] = {"ratio": 0.3, "width": {"units": units, "round_to": 2}, "engine": {"batch_size": 2}}
+    report = prune(source, method, out=tmp_path / "out", **settings).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    small = load(tmp_path / "out")
+    layers = [sum(one.numel() for one in model.model.layers.parameters()) for model in (small, tiny.build("llama"))]
+    assert layers[0] <= 0.7 * layers[1]
+    (hidden,) = report["structure"]["widths"]["residual"]
+    assert small.config.hidden_size == hidden < 32 and small.config.head_dim == 4
+    count = sum(one.numel() for one in small.parameters())
+    assert count == report["totals"]["params_after"]
+    resident = prune(tiny.build("llama"), method, **settings)
+    assert float((logits(resident.model) - logits(small)).abs().max()) <= 1e-5
+    ids = tiny.tokens(1, 8)
+    cached, plain = (small.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, plain)
+
+
+def test_hidden_dimensions_that_cannot_go_are_refused() -> None:
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("llama", "group-obs", {}, "no scores for dimensions of the hidden state"),
+        ("llama", "minitron", {"options": {"compensate": "least-squares"}}, "nothing makes up for them"),
+        ("gemma2", "minitron", {}, "no plain class holds a Gemma2ForCausalLM"),
+        ("olmoe", "minitron", {}, "no hidden size of a OlmoeForCausalLM"),
+        ("llama", "minitron", {"layout": "remote-code"}, "leave the layout plain"),
+        ("llama", "minitron", {"ratio": 0.9}, "ask for less"),
+    ]
+    for name, method, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            prune(tiny.build(name), method, **{"ratio": 0.2, "width": {"units": ["residual"]}, **settings})
+
+
 @pytest.mark.parametrize("options", [{"compensate": "least-squares"}, {"uniqueness": "gum"}])
 def test_options_of_every_score(options: dict[str, Any], tmp_path: Path) -> None:
     for method in ("wanda-sp", "llm-pruner", "random-units", "mini-gpts"):
@@ -132,6 +169,17 @@ def test_every_layout_from_checkpoint_to_checkpoint(name: str, tmp_path: Path) -
     assert report["totals"]["params_after"] == sum(one.numel() for one in load(tmp_path / "out").parameters())
     assert report["totals"]["params_after"] < report["totals"]["params_before"]
     assert not report["totals"]["zeros"]
+
+
+@pytest.mark.parametrize("method", ["group-fisher", "bonsai", "llm-pruner"])
+def test_scores_of_a_whole_model_reach_fused_experts(method: str, tmp_path: Path) -> None:
+    source = tiny.save("qwen3-moe", tmp_path / "dense")
+    report = prune(source, method, out=tmp_path / "out", ratio=0.2, engine={"batch_size": 3}).report
+    assert report["verified"].startswith("reloaded; logits equal")
+    rows = {row["name"]: row for row in report["structure"]["units"]}
+    assert len(rows["model.layers.1 expert-channel"]["kept"]) < 4 * 24
+    resident = prune(tiny.build("qwen3-moe"), method, ratio=0.2, engine={"batch_size": 2})
+    assert float((logits(resident.model) - logits(load(tmp_path / "out"))).abs().max()) <= 1e-5
 
 
 def test_reload_in_a_fresh_process_and_generation(tmp_path: Path) -> None:
@@ -226,7 +274,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
         ("llama", "group-magnitude", {"ratio": 0.2, "allocation": "owl"}, "does not spread heads"),
         ("llama", "group-magnitude", {"ratio": 0.2, "width": {"units": ["head"]}}, "unknown unit 'head'"),
         ("llama", "group-magnitude", {"ratio": 0.2, "width": {"protect_first": 3}}, "all of the 3 layers"),
-        ("mixtral", "group-fisher", {"ratio": 0.2}, "fused experts"),
     ]
     for name, method, settings, message in cases:
         source = tiny.save(name, tmp_path / name)

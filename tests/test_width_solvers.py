@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import replace
 from functools import cache
@@ -15,13 +16,18 @@ from transformers import PreTrainedModel
 from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
 from llmprune.arch.discover import find_units as layers_of
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, KV_GROUP, Units, find_units
-from llmprune.engine.gates import gated, squared_gradients
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, RESIDUAL, Units, find_units
+from llmprune.checkpoint.skeleton import run_experts_one_by_one
+from llmprune.checkpoint.slicing import HIDDEN
+from llmprune.engine.gates import gated
+from llmprune.engine.gradients import squared_gates
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.group_fisher import GroupFisher
 from llmprune.methods.width.k_prune import KPrune
 from llmprune.methods.width.llm_pruner import LLMPruner
+from llmprune.methods.width.magnitude import GroupMagnitude
+from llmprune.methods.width.minitron import Minitron
 from llmprune.methods.width.sequential import lowest
 from llmprune.methods.width.thinet import ThiNet
 from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, own_energy, unlike
@@ -208,6 +214,65 @@ def test_taylor_scores_are_those_of_the_right_heads(taylor: str) -> None:
     assert float(found[(1, CHANNEL)][7]) == pytest.approx(channel, rel=1e-4)
 
 
+def with_hidden(model: PreTrainedModel) -> tuple[Trunk, Narrow]:
+    trunk, asked = setting(model)
+    return trunk, replace(asked, units={HIDDEN: find_units(asked.roles, [RESIDUAL])[0]})
+
+
+def slice_of(name: str, one: torch.Tensor) -> torch.Tensor:
+    """A parameter, hidden dimensions first: what writes to the hidden state has them as outputs, all else as inputs."""
+    axis = -2 if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")) else -1
+    return one.detach().double().movedim(axis, 0).reshape(32, -1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("taylor", ["vector", "first", "second", "mixed"])
+def test_taylor_scores_of_the_hidden_state_take_in_every_parameter(
+    taylor: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy.deepcopy(tiny.TINY["llama"])
+    config.tie_word_embeddings = tied
+    monkeypatch.setitem(tiny.TINY, "llama", config)
+    model = tiny.build("llama")
+    trunk, asked = with_hidden(model)
+    ids = trunk.batches[0]["input_ids"]
+    found_D = LLMPruner(taylor=taylor).scores(trunk, asked)[HIDDEN]
+    gradients = own_gradients(model, ids)
+    each = [own_gradients(model, ids[row : row + 1]) for row in range(len(ids))]
+    expected_D = torch.zeros(32, dtype=DOUBLE)
+    assert ("lm_head.weight" in gradients) != tied
+    for name in gradients:
+        w_DK = slice_of(name, model.get_parameter(name))
+        g_DK = slice_of(name, gradients[name])
+        h_DK = torch.stack([slice_of(name, one[name]).square() for one in each]).mean(0)
+        expected_D += {
+            "vector": (w_DK * g_DK).sum(1).abs(),
+            "first": (w_DK * g_DK).abs().sum(1),
+            "second": (w_DK.square() * h_DK).sum(1),
+            "mixed": (w_DK * g_DK - w_DK.square() * h_DK / 2).abs().sum(1),
+        }[taylor]
+    assert float((found_D / expected_D - 1).abs().max()) <= 1e-4
+
+
+def test_magnitude_and_activity_of_the_hidden_state() -> None:
+    model = tiny.build("qwen3-moe")  # norms of heads, dense and expert layers, routers
+    trunk, asked = with_hidden(model)
+    expected_D = torch.zeros(32, dtype=DOUBLE)
+    for name, one in model.named_parameters():
+        if not name.endswith(("q_norm.weight", "k_norm.weight")):
+            expected_D += slice_of(name, one).abs().sum(1)
+    found_D = GroupMagnitude(norm=1).hidden(trunk, asked)
+    assert float((found_D / expected_D - 1).abs().max()) <= 1e-5
+    seen: list[torch.Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("layernorm"):
+            module.register_forward_hook(lambda _, args, out: seen.append(out.detach().flatten(0, 1).double()))
+    model(**trunk.batches[0], use_cache=False)
+    expected_D = torch.stack([one.square().mean(0).sqrt() for one in seen]).sum(0)
+    assert len(seen) == 6
+    assert float((Minitron().hidden(trunk, asked) / expected_D - 1).abs().max()) <= 1e-5
+
+
 def test_fisher_scores_are_squared_gradients_of_gates() -> None:
     model = tiny.build("llama")
     trunk, asked = setting(model)
@@ -239,7 +304,7 @@ def test_the_likelihood_of_drawn_tokens_bends_as_the_divergence_does() -> None:
             labels = torch.multinomial(logits[:, :-1].softmax(-1).flatten(0, 1), 1, generator=generator)
             return torch.cat([ids[:, :1], labels.view(len(ids), -1)], 1)
 
-        found = squared_gradients(trunk, units, drawn)
+        found = squared_gates(trunk, units.values(), drawn)
         before = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         step, place = 1e-3, (1, CHANNEL)
         for channel in (3, 20):
@@ -271,6 +336,29 @@ def test_k_prune_takes_what_neither_knows_nor_puts_out() -> None:
         found = KPrune().decide(trunk, replace(asked, spread=lambda scores: counts))
     assert found.removed[(1, CHANNEL)] == [9]
     assert float(found.scores[(1, CHANNEL)][9]) == 0 and float(found.scores[(1, CHANNEL)].sum()) == pytest.approx(2)
+
+
+def test_fisher_scores_of_experts_and_what_gates_of_zero_leave() -> None:
+    model = tiny.build("mixtral")
+    trunk, asked = setting(model)
+    units = find_units(asked.roles, [EXPERT_CHANNEL])
+    asked = replace(asked, units={(one.layer, one.kind): one for one in units})
+    ids = trunk.batches[0]["input_ids"]
+    name = "model.layers.1.mlp.experts.down_proj"
+    down_EOI = model.get_parameter(name).detach().double()
+    with run_experts_one_by_one(model):
+        found_U = GroupFisher().scores(trunk, asked)[(1, EXPERT_CHANNEL)]
+        each = [own_gradients(model, ids[row : row + 1])[name] for row in range(len(ids))]
+        expected_EI = torch.stack([(one * down_EOI).sum(1).square() for one in each]).sum(0)
+        assert float((found_U.view(expected_EI.shape) / expected_EI - 1).abs().max()) <= 1e-3
+        gates = {(one.layer, one.kind): torch.ones(one.count) for one in units}
+        gates[(1, EXPERT_CHANNEL)][3 * 48 + 5] = 0  # of the last expert
+        with gated(model, units, gates):
+            without = mean_loss(model, ids)
+        before = model.get_parameter(name).data.clone()
+        model.get_parameter(name).data[3, :, 5] = 0
+        assert float(without) == pytest.approx(float(mean_loss(model, ids)), rel=1e-9)
+        assert float((model.get_parameter(name) - before).abs().max()) > 0
 
 
 def test_thinet_adds_the_unit_that_costs_least() -> None:

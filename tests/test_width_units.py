@@ -109,6 +109,23 @@ def test_zeros_are_removal(name: str, kind: str, monkeypatch: pytest.MonkeyPatch
     assert (slicing.parameters_removed > 0) == (name not in FIXED.get(kind, ()))
 
 
+@pytest.mark.parametrize("name", ["llama", "olmo2", "qwen3-moe"])
+def test_zeros_are_removal_of_several_kinds_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name, monkeypatch)
+    units = find_units(Roles(model), KINDS if name == "qwen3-moe" else (KV_GROUP, CHANNEL, RESIDUAL))
+    units = [one for one in units if one.kind != QUERY_HEAD]
+    # in one layer one unit more goes, so that zeros of one kind lie in what is left of the others
+    gone = {(one.layer, one.kind): some(one, one.size // 2 if one.layer else one.size // 3) for one in units}
+    slicing = Slicing(units, shapes(model), gone)
+    small = physical(model, slicing)
+    zeros = filled(model, {key: slicing.zeroed(key, one.data) for key, one in model.named_parameters()})
+    assert float((logits(small) - logits(zeros)).abs().max()) <= 1e-5
+    count = sum(one.numel() for one in model.parameters()) - slicing.parameters_removed
+    assert sum(one.numel() for one in small.parameters()) == count
+    # none of the random parameters is zero by itself
+    assert sum(int((one == 0).sum()) for one in small.parameters()) == slicing.parameters_zeroed > 0
+
+
 def test_parameters_of_the_published_model() -> None:
     config = LlamaConfig(
         vocab_size=128256,

@@ -104,10 +104,11 @@ def pooled(demand: Demand, scores: Scores) -> dict[Place, int]:
 
 
 class Entry(NamedTuple):
-    """A way to spread, and whether it reads the scores of all units in the dense model."""
+    """A way to spread, whether it reads the scores of all units in the dense model, and whether a search goes on from it."""
 
     spread: Callable[[Demand, Scores], dict[Place, int]]
     scored: bool = False
+    searched: bool = False
 
 
 SPREADS = {
@@ -115,6 +116,7 @@ SPREADS = {
     "balanced": Entry(balanced, scored=True),
     "rising": Entry(rising),
     "pooled": Entry(pooled, scored=True),
+    "evolutionary": Entry(balanced, scored=True, searched=True),
 }
 
 

@@ -155,6 +155,14 @@ class LayerRoles:
     router: str | None
     norms: tuple[str, ...]
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The first matrix of attention and of MLP that reads the hidden state: each sees what a norm puts out."""
+        query = self.attention.query or self.attention.fused
+        mlp = self.mlp and (self.mlp.gate or self.mlp.gate_up or self.mlp.up)
+        found = (query and query.name, mlp.name if mlp else self.router)
+        return tuple(name for name in found if name)
+
 
 class Roles:
     """The layout of a model, resolved to its parameters. Raises UserError for a model type that none describes."""

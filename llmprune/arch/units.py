@@ -7,7 +7,7 @@ depends on the layout alone, so all of them are index tables; cutting, counting 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from llmprune.arch.roles import Attention, LayerRoles, Mlp, Roles, Weight
 
 KV_GROUP = "kv-group"  # a key-value head with all query heads that read it
 QUERY_HEAD = "query-head"  # a query head alone; every kv group keeps as many
+VALUE = "value-dimension"  # a dimension of what a kv head hands on; every kv head keeps as many
 CHANNEL = "channel"  # an inner feature of an MLP
 EXPERT_CHANNEL = "expert-channel"  # the same of one expert; every expert keeps as many
 RESIDUAL = "residual"  # a dimension of the hidden state, in the whole model at once
@@ -39,8 +40,8 @@ class Member:
 class Units:
     """The `count` units of one kind in a layer (or, with `layer` None, in the model).
 
-    Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads,
-    experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
+    Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads
+    or of value dimensions, experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
     `cost`: parameters that go with one unit.
     """
 
@@ -69,9 +70,12 @@ class Units:
         return self.kind == EXPERT_CHANNEL
 
 
-def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
-    """All units of some kinds, layer by layer; kinds that a layer does not have are passed over."""
-    shapes = {name: one.shape for name, one in roles.model.named_parameters()}
+def find_units(roles: Roles, kinds: Sequence[str], shapes: Mapping[str, torch.Size] | None = None) -> list[Units]:
+    """All units of some kinds, layer by layer; kinds that a layer does not have are passed over.
+
+    `shapes`: those of the parameters where they are not the model's, by which the units cost less.
+    """
+    shapes = shapes or {name: one.shape for name, one in roles.model.named_parameters()}
     found: list[Units] = []
     for index, layer in enumerate(roles.layers):
         for kind in kinds:
@@ -79,16 +83,18 @@ def find_units(roles: Roles, kinds: Sequence[str]) -> list[Units]:
     return [*found, _residual(roles, shapes)] if RESIDUAL in kinds else found
 
 
-def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: dict[str, torch.Size]) -> Iterator[Units]:
+def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: Mapping[str, torch.Size]) -> Iterator[Units]:
     if kind in (KV_GROUP, QUERY_HEAD):
         yield _heads(kind, index, layer.attention, shapes)
+    elif kind == VALUE and layer.attention.value is not None:
+        yield _values(index, layer.attention, layer.attention.value, shapes)
     elif kind == CHANNEL and layer.mlp is not None:
         yield _channels(kind, index, layer.mlp, shapes)
     elif kind == EXPERT_CHANNEL and layer.experts is not None:
         yield _channels(kind, index, layer.experts, shapes)
 
 
-def _heads(kind: str, index: int, one: Attention, shapes: dict[str, torch.Size]) -> Units:
+def _heads(kind: str, index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
     """Query head q reads kv head floor(q / r), r = heads / groups."""
     wide, ratio = one.head_dim, one.heads // one.groups
     whole = kind == KV_GROUP
@@ -119,7 +125,17 @@ def _heads(kind: str, index: int, one: Attention, shapes: dict[str, torch.Size])
     return _units(kind, index, count, strata, members, shapes, one.output, queries_UN)
 
 
-def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) -> Units:
+def _values(index: int, one: Attention, value: Weight, shapes: Mapping[str, torch.Size]) -> Units:
+    """A row of v, and the column of o that takes it up in each query head of the group."""
+    rows_UN = torch.arange(one.groups * one.head_dim)[:, None]
+    ratio = one.heads // one.groups
+    head_UN = rows_UN // one.head_dim * ratio + torch.arange(ratio)
+    columns_UN = head_UN * one.head_dim + rows_UN % one.head_dim
+    members = [*_rows(value, rows_UN), Member(one.output.name, one.output.input_axis, columns_UN)]
+    return _units(VALUE, index, len(rows_UN), one.groups, members, shapes, one.output, columns_UN)
+
+
+def _channels(kind: str, index: int, one: Mlp, shapes: Mapping[str, torch.Size]) -> Units:
     rows_UN = torch.arange(one.channels)[:, None].repeat(one.experts, 1)
     members: list[Member] = []
     for matrix in (one.gate, one.up):
@@ -130,7 +146,7 @@ def _channels(kind: str, index: int, one: Mlp, shapes: dict[str, torch.Size]) ->
     return _units(kind, index, len(rows_UN), one.experts, members, shapes, one.down, rows_UN)
 
 
-def _residual(roles: Roles, shapes: dict[str, torch.Size]) -> Units:
+def _residual(roles: Roles, shapes: Mapping[str, torch.Size]) -> Units:
     """Column i of all that reads the hidden state, row i of all that writes to it, and gain i of every norm."""
     index_UN = torch.arange(roles.hidden)[:, None]
     members = [Member(name, 1, index_UN) for name in roles.embeddings]
@@ -156,7 +172,7 @@ def _units(
     count: int,
     strata: int,
     members: list[Member],
-    shapes: dict[str, torch.Size],
+    shapes: Mapping[str, torch.Size],
     writer: Weight | None = None,
     columns_UN: torch.Tensor | None = None,
 ) -> Units:

@@ -6,6 +6,7 @@ one entry a decoder layer, says how each layer differs. The keys of an entry:
 `config`: keys of the configuration that have other values in this layer (heads, widths); the layer's own class builds
 it anew with them. `absent`: modules that are left out, by path, with what they return: `width` of the zeros, `items`
 in the tuple (0: no tuple). `unread`: modules whose output nothing reads any more. `shapes`: parameters of other shapes.
+`heads`: matrices whose outputs or inputs are fewer dimensions of each head than the rest of the attention knows of.
 `experts`: blocks of fewer experts than the router has rows, by path: `config` of the block, and `rows`, the expert for
 each row. `halves`: for a layer whose hidden state is narrower and turned, the norm, the modules and the shortcut matrix of
 attention and of MLP (see `turned_forward`). `config.pruned_shapes` has shapes of parameters outside the layers.
@@ -74,6 +75,8 @@ def rebuild(model: nn.Module, path: str, entries: list[dict[str, Any]], shapes: 
             layers[index] = type(layers[index])(LayerConfig(model.config, entry["config"]), index)
             layers[index].to(before.device, before.dtype)
         reshape(layers[index], entry.get("shapes", {}))
+        for one in entry.get("heads", ()):
+            narrow_heads(layers[index].get_submodule(one["module"]), one)
         for name, experts in entry.get("experts", {}).items():
             share_experts(layers[index], name, LayerConfig(model.config, experts["config"]), experts["rows"])
         if "halves" in entry:
@@ -94,6 +97,25 @@ def reshape(module: nn.Module, shapes: dict[str, list[int]]) -> None:
             holder.embedding_dim = holder.weight.shape[1]
         elif hasattr(holder, "nf"):
             holder.nf = holder.weight.shape[1]
+
+
+def narrow_heads(module: nn.Module, entry: dict[str, Any]) -> None:
+    """Between a matrix and the rest of the attention stand heads of full width: zeros where dimensions are gone."""
+    wide, kept = entry["width"], entry["kept"]
+    index = [head * wide + one for head, dimensions in enumerate(kept) for one in dimensions]
+    if entry["side"] == "outputs":
+        module.register_forward_hook(partial(_fill_heads, index, len(kept) * wide))
+    else:
+        module.register_forward_pre_hook(partial(_take_from_heads, index))
+
+
+def _fill_heads(index: list[int], width: int, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    whole = output.new_zeros(*output.shape[:-1], width)
+    return whole.index_copy(-1, torch.tensor(index, device=output.device), output)
+
+
+def _take_from_heads(index: list[int], module: nn.Module, args: Any) -> Any:
+    return args[0][..., index], *args[1:]
 
 
 def share_experts(layer: nn.Module, name: str, config: Any, rows: list[int]) -> None:

@@ -11,8 +11,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
-from llmprune.arch.roles import Layout, Roles, layout_of
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, Units, find_units
+from llmprune.arch.roles import Attention, Layout, Roles, layout_of
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, Units, find_units
 from llmprune.checkpoint.skeleton import build_skeleton
 from llmprune.checkpoint.slicing import Slicing
 from llmprune.types import UserError
@@ -67,14 +67,34 @@ def _changes(text: Any, layout: Layout, slicing: Slicing, layer: int | None = No
     return changes
 
 
-def layer_entries(config: Any, slicing: Slicing, depth: int) -> list[dict[str, Any]]:
-    """For `modeling_pruned`: the keys of the configuration that have other values in each layer."""
+def layer_entries(config: Any, slicing: Slicing, roles: Roles) -> list[dict[str, Any]]:
+    """For `modeling_pruned`: how each layer differs."""
     layout, text = layout_of(config), config.get_text_config()
     entries = []
-    for index in range(depth):
+    for index, layer in enumerate(roles.layers):
         changes = _changes(text, layout, slicing, index)
-        entries.append({"config": changes} if changes else {})
+        entry: dict[str, Any] = {"config": changes} if changes else {}
+        if (index, VALUE) in slicing.units:
+            entry |= _values(slicing, f"{roles.path}.{index}.", layer.attention)
+        entries.append(entry)
     return entries
+
+
+def _values(slicing: Slicing, prefix: str, attention: Attention) -> dict[str, Any]:
+    """The entry of a layer whose heads hand on fewer dimensions than they compare queries and keys by."""
+    assert attention.value is not None
+    shapes, wide, heads = slicing.shapes(), attention.head_dim, []
+    changed = [one for one in (attention.value.name, attention.value.bias, attention.output.name) if one]
+    for one, side, axis in (
+        (attention.value, "outputs", attention.value.output_axis),
+        (attention.output, "inputs", attention.output.input_axis),
+    ):
+        kept: list[list[int]] = [[] for _ in range(one.shape[axis] // wide)]
+        for place in slicing.kept_along(one.name, axis):
+            kept[place // wide].append(place % wide)
+        module = one.name.removeprefix(prefix).removesuffix(".weight")
+        heads.append({"module": module, "side": side, "width": wide, "kept": kept})
+    return {"shapes": {name.removeprefix(prefix): list(shapes[name]) for name in changed}, "heads": heads}
 
 
 def _accepted(config: Any) -> bool:
@@ -162,7 +182,7 @@ class Room:
             most = max((one.size for one in units), default=1)
             left = [most - 1] if kind not in (KV_GROUP, QUERY_HEAD) else range(1, most)
             taken = [one for one in left if _accepted_as(model, config, units[:1], shapes, one)]
-            if taken and _builds(model, config, _leaving(units, shapes, taken[-1])):
+            if taken and holds(model, config, _leaving(units, shapes, taken[-1])):
                 heads = tuple(taken) if kind in (KV_GROUP, QUERY_HEAD) else heads
             elif units:
                 fixed.add(kind)
@@ -185,7 +205,8 @@ def _accepted_as(
     return True
 
 
-def _builds(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
+def holds(model: PreTrainedModel, config: Any, slicing: Slicing) -> bool:
+    """Whether a plain class holds what an edit leaves."""
     try:
         check_shapes(build_skeleton(narrow_config(model, config, slicing), torch.float32), slicing)
     except (UserError, ValueError, StrictDataclassError):

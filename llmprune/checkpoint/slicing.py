@@ -14,6 +14,7 @@ from llmprune.types import UserError
 
 # The layer (None: the whole model) and the kind of some units.
 Place: TypeAlias = tuple[int | None, str]
+HIDDEN: Place = (None, RESIDUAL)
 
 
 @dataclass
@@ -68,12 +69,12 @@ class Slicing:
     @property
     def parameters_removed(self) -> int:
         """How many parameters the model has less; those that stay as zeros do not count."""
-        return sum(one.cost * (len(self.removed[place]) - len(self.spare[place])) for place, one in self.units.items())
+        return sum(math.prod(shape) - math.prod(self._shape(name)) for name, shape in self._shapes.items())
 
     @property
     def parameters_zeroed(self) -> int:
         """How many parameters stay as zeros, so that one width fits all layers."""
-        return sum(one.cost * len(self.spare[place]) for place, one in self.units.items())
+        return sum(math.prod(self._shape(name)) - self._filled(name) for name in self._axes)
 
     def width(self, place: Place) -> int:
         """Units of a kind that a layer has in the result, zeros included."""
@@ -82,6 +83,12 @@ class Slicing:
     def kept(self, place: Place) -> list[int]:
         gone = set(self.removed[place])
         return [unit for unit in range(self.units[place].count) if unit not in gone]
+
+    def kept_along(self, parameter: str, axis: int) -> list[int]:
+        """The entries along an axis of a parameter that are there in the result."""
+        one = self._axes.get(parameter, {}).get(axis)
+        everything = torch.arange(self._shapes[parameter][axis])
+        return (everything if one is None else everything[~one.gone]).tolist()
 
     def shapes(self) -> dict[str, torch.Size]:
         """The shape of every parameter in the result."""
@@ -114,6 +121,16 @@ class Slicing:
         for axis, one in self._axes.get(parameter, {}).items():
             sizes[axis] -= int(one.gone.sum()) // (len(one.gone) if one.gone.dim() == 2 else 1)
         return torch.Size(sizes)
+
+    def _filled(self, parameter: str) -> int:
+        """How many entries of a parameter do not belong to any removed unit."""
+        shape, axes = self._shapes[parameter], self._axes[parameter]
+        others = math.prod(size for axis, size in enumerate(shape) if axis not in axes)
+        left = torch.tensor(others)
+        for one in axes.values():
+            left = left * (~one.zero).sum(-1)
+        # with a mask an expert there are as many numbers, whose axis is among the others
+        return int(left.sum()) // (len(left) if left.dim() else 1)
 
     def _spare(self, held: frozenset[str], ragged: bool) -> dict[Place, tuple[int, ...]]:
         """Removed units that stay as zeros: of each stratum those with the lowest numbers."""

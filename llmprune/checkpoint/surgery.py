@@ -239,7 +239,8 @@ def graft(
                 own.shared = mine
     for name, module in new.named_modules():
         if not f"{name}.".startswith(f"{path}."):
-            vars(model.get_submodule(name)).update({k: v for k, v in vars(module).items() if type(v) is int})
+            sizes = {key: one for key, one in vars(module).items() if type(one) in (int, float)}
+            vars(model.get_submodule(name)).update(sizes)
 
 
 def _configs(config: Any) -> list[Any]:

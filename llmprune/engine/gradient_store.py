@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,9 @@ class _Moved:
             self._before[name] = parameter.data
             mean = self._gradients.read("mean", name).to(parameter.device)
             parameter.data = parameter.data + self._step * mean.to(parameter.dtype)
+
+    def fetch(self, parameters: Iterable[str]) -> None:
+        self._weights.fetch(parameters)
 
     def free(self, unit: Unit) -> None:
         for name in self._gradients.parameters(unit):

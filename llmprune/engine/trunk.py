@@ -9,7 +9,7 @@ The rest of the model (norm, head) is again its own forward, with the layers doi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,16 +59,28 @@ class Trunk:
                 sequences -= len(batch["input_ids"])
         return Trunk(self.model, self.units, batches, self._weights)
 
+    def rows(self) -> Trunk:
+        """The same model on the same text, one sequence a batch."""
+        batches = [
+            {key: one[row : row + 1] for key, one in batch.items()}
+            for batch in self.batches
+            for row in range(len(batch["input_ids"]))
+        ]
+        return Trunk(self.model, self.units, batches, self._weights)
+
     def enter(self) -> States:
         """What enters the first layer, for every batch."""
-        self._calls, states = [], []
-        for number, batch in enumerate(self.batches):
-            calls: list[Call] = []
-            with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=number == 0):
-                self.model(**batch, use_cache=False)
+        self._calls = []
+        states = []
+        for number in range(len(self.batches)):
+            calls = self._called(number, probe=number == 0)
             states.append(_hidden(*calls[0]))
             self._calls.append([_without_hidden(*call) for call in calls])
         return states
+
+    def entering(self, batch: int) -> torch.Tensor:
+        """What enters the first layer, for one batch, when all have entered once; with its graph if there is one."""
+        return _hidden(*self._called(batch, probe=False)[0])
 
     @contextlib.contextmanager
     def loaded(self, *layers: int) -> Iterator[None]:
@@ -80,6 +92,12 @@ class Trunk:
         finally:
             for index in layers:
                 self._weights.free(self.units[index])
+
+    def outside(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Parameters beside the layers, usable until a layer is loaded."""
+        wanted = list(names)
+        self._weights.fetch(wanted)
+        return {name: self.model.get_parameter(name) for name in wanted}
 
     def run(self, index: int, states: States, *, batches: range | None = None) -> States:
         """Layer `index` on the hidden states of all (or some) batches; its weights must be loaded."""
@@ -122,6 +140,13 @@ class Trunk:
             total += float(nll.double().sum())
             count += nll.numel()
         return total / count
+
+    def _called(self, number: int, *, probe: bool) -> list[Call]:
+        """The arguments of every layer, for one batch."""
+        calls: list[Call] = []
+        with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=probe):
+            self.model(**self.batches[number], use_cache=False)
+        return calls
 
     @contextlib.contextmanager
     def _bypassed(self, calls: list[Call], result: torch.Tensor | None, *, probe: bool = False) -> Iterator[None]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from llmprune.arch.roles import Weight
 from llmprune.arch.units import Units
 from llmprune.engine.collect import Collector
 from llmprune.engine.dense import Inputs
@@ -61,6 +60,14 @@ class Evidence:
                 yield rows.flatten(2).float() if rows.dim() > 2 else rows[..., None].float()
 
 
+def slices(units: Units, values: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Of those parameters that are among `values`, the slices of units that lie in the whole model: U x N x entries."""
+    for member in units.members:
+        if member.parameter in values:
+            rows = values[member.parameter].movedim(member.axis, 0)[member.index_UN]
+            yield rows.flatten(2).float() if rows.dim() > 2 else rows[..., None].float()
+
+
 def evidences(units: Units, stats: Mapping[str, Stats], values: Mapping[str, torch.Tensor]) -> Iterator[Evidence]:
     """The evidence of a place, one for every matrix that its units write through."""
     assert units.writer is not None and units.columns_UN is not None
@@ -82,7 +89,7 @@ def measure(
     trunk: Trunk,
     index: int,
     states: States,
-    writers: list[Weight],
+    matrices: Sequence[str],
     kinds: frozenset[str],
     dense: list[Inputs] | None = None,
 ) -> dict[str, Stats]:
@@ -90,14 +97,14 @@ def measure(
 
     `dense`: what each batch feeds to these matrices in the dense model (see `record`), for how the inputs moved.
     """
-    collector = Collector(_parameters(trunk, index, writers), kinds)
+    collector = Collector(_parameters(trunk, index, matrices), kinds)
     calls = [trunk.call(index, batch, state) for batch, state in enumerate(states)]
     collector.run(trunk.units[index].module, calls, dense=dense)
     trunk.runs += 1
     return collector.totals()
 
 
-def record(trunk: Trunk, index: int, states: States, writers: list[Weight]) -> tuple[list[Inputs], States]:
+def record(trunk: Trunk, index: int, states: States, matrices: Sequence[str]) -> tuple[list[Inputs], States]:
     """What each batch feeds to some matrices of layer `index`, and the states that leave it.
 
     Holds these inputs of all batches.
@@ -109,7 +116,7 @@ def record(trunk: Trunk, index: int, states: States, writers: list[Weight]) -> t
             inputs[-1].products.setdefault(one.name, []).append(one.x_TI)
 
     outputs: States = []
-    with Observe(_parameters(trunk, index, writers), see):
+    with Observe(_parameters(trunk, index, matrices), see):
         for batch, state in enumerate(states):
             inputs.append(Inputs())
             outputs.append(trunk.apply(index, batch, state))
@@ -117,6 +124,6 @@ def record(trunk: Trunk, index: int, states: States, writers: list[Weight]) -> t
     return inputs, outputs
 
 
-def _parameters(trunk: Trunk, index: int, weights: list[Weight]) -> dict[str, nn.Parameter]:
+def _parameters(trunk: Trunk, index: int, names: Sequence[str]) -> dict[str, nn.Parameter]:
     unit = trunk.units[index]
-    return {one.name: unit.module.get_parameter(one.name.removeprefix(unit.prefix)) for one in weights}
+    return {name: unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in names}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.allocation.evolution import Evolution
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import Units
 from llmprune.checkpoint.slicing import Place
@@ -129,7 +130,8 @@ class Narrow:
     """What a width method is asked: the units of the model, and how many of each place go, which `spread` answers.
 
     `spread` gives the number of units that go, from the scores of all units where `scored` says that it needs them.
-    `check_biases` raises UserError if the class cannot be given biases of these names.
+    `check_biases` raises UserError if the class cannot be given biases of these names. `search`: how the amounts are to
+    be searched for, from those that `spread` gives; None if they are not.
     """
 
     roles: Roles
@@ -137,6 +139,7 @@ class Narrow:
     spread: Spread
     scored: bool
     check_biases: Callable[[list[str]], None]
+    search: Evolution | None = None
 
 
 @dataclass

@@ -124,6 +124,18 @@ def own_energy(weight_OI: torch.Tensor, gram_II: torch.Tensor, columns_UN: torch
     return (torch.einsum("oun,unm->oum", weight_OUN, gram_UNN) * weight_OUN).sum((0, 2))
 
 
+def principal(gram_HH: torch.Tensor, weight_OH: torch.Tensor) -> torch.Tensor:
+    """A basis T, H x H, in which dropping the last dimensions loses the least of Z W', Z'Z being `gram_HH`.
+
+    With Z T and W inverse(T)' in place of Z and W the product is the same, and a sum of H terms of falling size: the
+    singular directions of Z W'. The gram matrix in it is the identity. All in float64; needs a definite matrix.
+    """
+    lower_HH = torch.linalg.cholesky(gram_HH)
+    vectors_HH = torch.linalg.eigh(lower_HH.T @ (weight_OH.T @ weight_OH) @ lower_HH).eigenvectors.flip(1)
+    basis_HH: torch.Tensor = torch.linalg.solve_triangular(lower_HH.T, vectors_HH, upper=True)
+    return basis_HH
+
+
 def unlike(gram_II: torch.Tensor, columns_UN: torch.Tensor) -> torch.Tensor:
     """1 minus the likeness of each of U units to the one most like it, from 0 (a copy) to 1 (nothing in common).
 

@@ -1,152 +1,281 @@
 """Width pruning on the small real models: every method at 10, 20 and 30 % of the decoder layers' parameters.
 
 Calibration: 32 sequences of 256 tokens of the model's own calibration text, seed 0. Perplexity before any recovery: the
-first 120 windows of 256 tokens of its evaluation text, float32. Models are pruned in memory. Every method runs twice:
-"equal shape" takes channels alone, the same number in every layer, so that all methods are compared at exactly the same
-parameters; "as published" spreads the amount over kv groups and channels as the method does by itself (heads are coarse
-on models with two kv groups; parameters that stay as zeros, where layers differ in width, do not count as left).
-Options were chosen on the last 15 % of the calibration text. Rows that are not asked for stay as they are.
+first 120 windows of 256 tokens of its evaluation text, float32. "channels alone" takes the same number of channels from
+every layer, so that all methods are compared at exactly one shape; "as published" spreads the amount over units as the
+method does by itself. Parameters are those of the model without zeros that only pad it. Since units are coarse on small
+models, the tables interpolate: log perplexity, linear in the parameters between dense and the measured points, at exactly
+10, 20 and 30 % fewer parameters of the layers. Latency is that of a prefill of 128 tokens on one thread over the
+dense model's, medians of rounds in turns. Options were chosen on the last 15 % of the calibration text.
+
+Every row is saved as it is measured; rows that are there are not measured again (`--again`), and after `--minutes` the
+script ends, to go on at the next call. `--times` measures the latency of rows that have none or were timed beside other
+programs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
+import os
+import tempfile
 import time
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import record
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import llmprune
+from llmprune.eval import speed
 from llmprune.eval.perplexity import measure
 
-MODELS = {"tales-llama": "tales", "mix-qwen3": "web"}
+MODELS = {"tales-llama": "tales", "mix-qwen3": "web", "tales-qwen3moe": "tales"}
 RATIOS = (0.1, 0.2, 0.3)
-CHANNELS: dict[str, Any] = {"width": {"units": ["channel"]}}
-FULL = "least-squares"
-# label: method, its options, and how it spreads the amount itself.
-METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "default (group-obs)": ("group-obs", {}, {"allocation": "balanced"}),
-    "random": ("random-units", {}, {}),
-    "magnitude L1": ("group-magnitude", {"norm": 1}, {}),
-    "magnitude L2": ("group-magnitude", {}, {}),
-    "llm-pruner vector": ("llm-pruner", {"taylor": "vector"}, {}),
-    "llm-pruner first": ("llm-pruner", {}, {}),
-    "llm-pruner second": ("llm-pruner", {"taylor": "second"}, {}),
-    "llm-pruner mixed": ("llm-pruner", {"taylor": "mixed"}, {}),
-    "wanda-sp": ("wanda-sp", {}, {}),
-    "wanda-sp least-squares": ("wanda-sp", {"compensate": FULL}, {}),
-    "flap": ("flap", {}, {"allocation": "pooled"}),
-    "flap without bias": ("flap", {"compensate": "none"}, {"allocation": "pooled"}),
-    "flap least-squares": ("flap", {"compensate": FULL}, {"allocation": "pooled"}),
-    "minitron": ("minitron", {}, {}),
-    "thinet": ("thinet", {}, {}),
-    "group-fisher": ("group-fisher", {}, {}),
-    "group-fisher least-squares": ("group-fisher", {"compensate": FULL}, {}),
-    "group-obs rising": ("group-obs", {}, {"allocation": "rising"}),
-    "bonsai": ("bonsai", {"masks": 64, "sequences": 8}, {}),
+ALONE, PUBLISHED = "channels alone", "as published"
+DEFAULT = "default (group-obs)"
+# Above this load other programs shared the two cores: times say little.
+QUIET = 1.3
+
+
+class Way(NamedTuple):
+    """A method with its options, and the recipe keys with which it spreads the amount itself.
+
+    `alone`: whether it also runs on channels alone. `plain`: whether the result is of one width in a plain class.
+    """
+
+    method: str
+    options: Mapping[str, Any] = {}
+    keys: Mapping[str, Any] = {}
+    alone: bool = True
+    plain: bool = True
+
+
+REMOTE = {"layout": "remote-code"}
+SEARCH = {"allocation": "evolutionary", "width": {"generations": 12, "offspring": 16}, **REMOTE}
+FULL = {"compensate": "least-squares"}
+METHODS = {
+    DEFAULT: Way("group-obs", keys={"allocation": "balanced"}),
+    "group-obs uniform": Way("group-obs", alone=False),
+    "group-obs rising": Way("group-obs", keys={"allocation": "rising", **REMOTE}, alone=False, plain=False),
+    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
+    "ziplm (dense stream)": Way("group-obs", {"stream": "dense"}, {"allocation": "balanced"}),
+    "random": Way("random-units"),
+    "magnitude L1": Way("group-magnitude", {"norm": 1}),
+    "magnitude L2": Way("group-magnitude"),
+    "llm-pruner vector": Way("llm-pruner", {"taylor": "vector"}),
+    "llm-pruner first": Way("llm-pruner"),
+    "llm-pruner second": Way("llm-pruner", {"taylor": "second"}),
+    "llm-pruner mixed": Way("llm-pruner", {"taylor": "mixed"}),
+    "llm-pruner channel-wise": Way("llm-pruner", keys={"width": {"units": ["residual"]}}, alone=False),
+    "wanda-sp": Way("wanda-sp"),
+    "wanda-sp least-squares (FASP)": Way("wanda-sp", FULL),
+    "flap": Way("flap", keys={"allocation": "pooled", **REMOTE}, plain=False),
+    "flap without bias": Way("flap", {"compensate": "none"}, {"allocation": "pooled", **REMOTE}, plain=False),
+    "flap least-squares": Way("flap", FULL, {"allocation": "pooled", **REMOTE}, plain=False),
+    "minitron": Way("minitron"),
+    "minitron channels and hidden": Way("minitron", keys={"width": {"units": ["channel", "residual"]}}, alone=False),
+    "thinet": Way("thinet"),
+    "modegpt": Way("modegpt"),
+    "group-fisher": Way("group-fisher"),
+    "group-fisher least-squares": Way("group-fisher", FULL),
+    "bonsai": Way("bonsai", {"masks": 64, "sequences": 8}),
+    "slicegpt": Way("slicegpt", keys=REMOTE, alone=False, plain=False),
+    "slicegpt one basis": Way("slicegpt", alone=False),
 }
 
 
-def measured(model: Any, tokenizer: Any, text: str) -> float:
-    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
+def measured(folder: str | Path, name: str) -> float:
+    model = llmprune.load(folder, dtype="float32").eval()
+    spec = f"file:{record.SHARED / 'data' / f'{MODELS[name]}-eval.txt'}"
+    tokenizer = AutoTokenizer.from_pretrained(record.SHARED / "models" / name)
     return float(measure(model, tokenizer, spec, seqlen=256, max_windows=120, batch_size=16)["ppl"])
 
 
-def run(
-    name: str, label: str, ratio: float, settings: dict[str, Any], like: dict[str, Any] | None = None
-) -> dict[str, Any] | None:
-    """One row; None where the model's class cannot have what the method adds. `like`: a row that may be the same."""
-    method, options, _ = METHODS[label]
-    folder, text = record.SHARED / "models" / name, MODELS[name]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked: dict[str, Any] = {
-        "tokenizer": tokenizer,
-        "method": method,
+def latency(dense: Path, pruned: str) -> dict[str, Any]:
+    """Prefill time over that of the dense model, and the load of the machine meanwhile."""
+    found = speed.bench({"dense": dense, "pruned": pruned}, prompt=128, new=2, rounds=9, dtype="float32", device="cpu")
+    times = {label: row["prefill"]["median_s"] for label, row in found["models"].items()}
+    return {"ratio": times["pruned"] / times["dense"], "load": os.getloadavg()[0]}
+
+
+def asked(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
+    """The recipe of a row."""
+    way = METHODS[label]
+    units = ["expert-channel"] if "moe" in name else ["channel"]
+    keys = (
+        {**way.keys, "width": {"units": units}, "layout": "plain", "allocation": "uniform"}
+        if kind == ALONE
+        else way.keys
+    )
+    if "moe" in name and kind == PUBLISHED and "width" in keys:
+        moe = [one.replace("channel", "expert-channel") for one in keys["width"]["units"]]
+        keys = {**keys, "width": {"units": moe}}
+    return {
+        "method": way.method,
+        "options": dict(way.options),
         "ratio": ratio,
-        "calibration": f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+        "calibration": f"file:{record.SHARED / 'data' / f'{MODELS[name]}-calibration.txt'}",
         "samples": 32,
         "seqlen": 256,
-        "options": options,
-        **settings,
+        **keys,
     }
-    start = time.perf_counter()
-    try:
-        planned = llmprune.prune(model, dry_run=True, **asked).report["structure"].get("widths", {})
-        if like and planned == {"kv-group": [model.config.num_key_value_heads], **like["widths"]}:
-            return like
-        result = llmprune.prune(model, **asked)
-    except llmprune.UserError as error:
-        print(f"{name} {label} {ratio}: {error}", flush=True)
-        return None
-    seconds = time.perf_counter() - start
-    totals = result.report["totals"]
+
+
+def row_of(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
+    """One row; says why where the model's class cannot have what the method adds."""
+    source = record.SHARED / "models" / name
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "out")
+        start = time.perf_counter()
+        try:
+            report = llmprune.prune(source, out=out, **asked(name, label, kind, ratio)).report
+        except llmprune.UserError as error:
+            return {"refused": str(error)}
+        seconds = time.perf_counter() - start
+        totals, structure = report["totals"], report["structure"]
+        return {
+            "ppl": measured(out, name),
+            "params": totals["params_after"] - totals["zeros"],
+            "widths": structure.get("widths") or structure.get("hidden"),
+            "seconds": seconds,
+            "load": os.getloadavg()[0],
+            "latency": latency(source, out),
+        }
+
+
+def dense_of(name: str) -> dict[str, Any]:
+    folder = record.SHARED / "models" / name
+    model = llmprune.load(folder, dtype="float32")
+    layers = sum(one.numel() for one in model.model.layers.parameters())
+    params = sum(one.numel() for one in model.parameters())
+    return {"ppl": measured(folder, name), "params": params, "layers": layers}
+
+
+def wanted(names: list[str], labels: list[str], kinds: list[str]) -> Iterator[tuple[str, str, str, float]]:
+    for name in names:
+        for label in labels:
+            for kind in kinds if METHODS[label].alone else [kind for kind in kinds if kind == PUBLISHED]:
+                yield from ((name, label, kind, ratio) for ratio in RATIOS)
+
+
+def interpolated(dense: dict[str, Any], rows: Mapping[str, Any], ratio: float) -> float | None:
+    """The perplexity at exactly this share of the layers' parameters less; None where the rows do not reach so far."""
+    points = [(row["params"], math.log(row["ppl"])) for row in rows.values() if "ppl" in row]
+    points = sorted({(dense["params"], math.log(dense["ppl"])), *points})
+    target = dense["params"] - ratio * dense["layers"]
+    for (low, at_low), (high, at_high) in itertools.pairwise(points):
+        if low <= target <= high and low < high:
+            share = (target - low) / (high - low)
+            return math.exp(at_low + share * (at_high - at_low))
+    return None
+
+
+def at_equal_parameters(found: dict[str, Any], kind: str) -> dict[str, list[float | None]]:
+    """By method, the interpolated perplexities at the ratios."""
     return {
-        "ppl": measured(result.model.eval(), tokenizer, text),
-        "params": totals["params_after"] - totals["zeros"],
-        "widths": result.report["structure"]["widths"],
-        "seconds": seconds,
+        label: [interpolated(found["dense"], rows, ratio) for ratio in RATIOS]
+        for label, rows in found.get(kind, {}).items()
     }
 
 
-def rows_of(name: str, labels: list[str], found: dict[str, Any]) -> None:
-    """Fill in the rows of a model."""
-    if "dense" not in found:
-        folder = record.SHARED / "models" / name
-        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        params = sum(one.numel() for one in dense.parameters())
-        found["dense"] = {"ppl": measured(dense, AutoTokenizer.from_pretrained(folder), MODELS[name]), "params": params}
-    for label in labels:
-        for kind, settings in (("equal shape", CHANNELS), ("as published", METHODS[label][2])):
-            rows = found.setdefault(kind, {}).setdefault(label, {})
-            for ratio in RATIOS:
-                like = None if kind == "equal shape" else found["equal shape"][label][str(ratio)]
-                rows[str(ratio)] = run(name, label, ratio, settings, like)
-                print(name, kind, label, ratio, rows[str(ratio)], flush=True)
+def verdicts(found: dict[str, Any]) -> list[list[str]]:
+    """How the default stands at equal parameters: to the best of one width, and to what was published."""
+    dense, ppl = found["dense"]["ppl"], at_equal_parameters(found, PUBLISHED)
+    if DEFAULT not in ppl:
+        return []
+    rows = []
+    for number, ratio in enumerate(RATIOS):
+        here = {label: one[number] for label, one in ppl.items() if one[number] is not None}
+        if DEFAULT not in here:
+            continue
+        mine, plain = here[DEFAULT], {label: one for label, one in here.items() if METHODS[label].plain}
+        best = min(plain, key=lambda label: plain[label])
+        cells = [f"{ratio:.0%}", f"{mine:.2f}", f"{best} ({plain[best]:.2f})", f"{mine / plain[best] - 1:+.1%}"]
+        for other in ("llm-pruner first", "slicegpt"):
+            gap = f"{(here[other] - mine) / (here[other] - dense):.0%}" if other in here else "not measured"
+            cells.append(gap)
+        rows.append(cells)
+    return rows
 
 
 def cell(row: dict[str, Any] | None) -> str:
-    return "refused" if row is None else f"{row['ppl']:.2f} ({row['params'] / 1e6:.3f} M, {row['seconds']:.0f} s)"
+    if row is None:
+        return "–"
+    if "refused" in row:
+        return "refused"
+    mark = "" if row["load"] <= QUIET else "~"
+    timed = "" if row["latency"]["load"] <= QUIET else "~"
+    return f"{row['ppl']:.2f} ({row['params'] / 1e6:.3f} M, {mark}{row['seconds']:.0f} s, {timed}{row['latency']['ratio']:.2f})"
 
 
 def markdown(results: dict[str, Any], protocol: str) -> str:
     parts = [f"{protocol}\n"]
+    heads = [f"{ratio:.0%}" for ratio in RATIOS]
     for name, found in results.items():
         dense = found["dense"]
         parts.append(
-            f"\n## {name}\n\nDense: perplexity {dense['ppl']:.2f}, {dense['params'] / 1e6:.3f} M parameters.\n"
+            f"\n## {name}\n\nDense: perplexity {dense['ppl']:.2f}, {dense['params'] / 1e6:.3f} M parameters, "
+            f"{dense['layers'] / 1e6:.3f} M of them in the layers.\n"
         )
-        for kind in ("equal shape", "as published"):
-            rows = sorted(found[kind].items(), key=lambda one: (one[1]["0.3"] or {"ppl": float("inf")})["ppl"])
-            cells = [[label, *(cell(row[str(ratio)]) for ratio in RATIOS)] for label, row in rows]
-            heads = [f"{kind}", *(f"{ratio:.0%}" for ratio in RATIOS)]
-            parts.append("\n" + record.table(heads, cells))
+        rows = verdicts(found)
+        if rows:
+            columns = ["as published", "default", "best of one width", "default to it", "LLM-Pruner's gap closed"]
+            parts.append("\n" + record.table([*columns, "SliceGPT's gap closed"], rows))
+        for kind in (PUBLISHED, ALONE):
+            equal = at_equal_parameters(found, kind)
+            order = sorted(equal, key=lambda label: equal[label][-1] or math.inf)
+            lines = [[label, *(f"{one:.2f}" if one else "–" for one in equal[label])] for label in order]
+            parts.append(f"\nPerplexity, {kind}, at equal parameters:\n\n" + record.table([kind, *heads], lines))
+            lines = [[label, *(cell(found[kind][label].get(str(ratio))) for ratio in RATIOS)] for label in order]
+            head = f"\nAs measured, {kind}: perplexity (parameters, time, latency over dense):\n\n"
+            parts.append(head + record.table([kind, *heads], lines))
     return "".join(parts)
+
+
+def store(saved: dict[str, Any]) -> None:
+    saved["protocol"] = " ".join((__doc__ or "").split("\n\n")[1].split())
+    saved["environment"] = {**record.environment(), "command": "python scripts/bench/width.py"}
+    note = "~: other programs shared the cores, such times say little."
+    record.save("width", saved, markdown(saved["results"], f"{saved['protocol']} {note}"))
+
+
+def rows_to_do(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    for name, label, kind, ratio in wanted(arguments.models, arguments.methods, arguments.kinds):
+        row = results.get(name, {}).get(kind, {}).get(label, {}).get(str(ratio))
+        late = row is not None and "latency" in row and row["latency"]["load"] > QUIET
+        if row is None or arguments.again or (arguments.times and late):
+            yield name, label, kind, ratio
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--note", default="", help="what should be known of the machine, such as what else ran")
+    parser.add_argument("--kinds", nargs="*", default=[PUBLISHED, ALONE], choices=[PUBLISHED, ALONE])
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further row after so long")
+    parser.add_argument("--again", action="store_true", help="measure rows again that are there")
+    parser.add_argument("--times", action="store_true", help="measure rows again whose times were disturbed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     stored = record.FOLDER / "width.json"
     saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
-    saved["protocol"] = " ".join((__doc__ or "").split())
-    for name in arguments.models:
-        for label in arguments.methods:
-            rows_of(name, [label], saved["results"].setdefault(name, {}))
-            saved["environment"] = record.environment()
-            commands = [*saved.get("commands", []), saved["environment"]["command"]]
-            saved["commands"] = list(dict.fromkeys(commands))
-            saved["environment"]["command"] = "; ".join(saved["commands"])
-            saved["note"] = arguments.note or saved.get("note", "")
-            text = markdown(saved["results"], f"{saved['protocol']} {saved['note']}".strip())
-            record.save("width", saved, text)
+    end = time.monotonic() + 60 * arguments.minutes
+    for name, label, kind, ratio in list(rows_to_do(arguments, saved["results"])):
+        if time.monotonic() > end:
+            print("to be continued: call again", flush=True)
+            break
+        found = saved["results"].setdefault(name, {})
+        if "dense" not in found:
+            found["dense"] = dense_of(name)
+        found.setdefault(kind, {}).setdefault(label, {})[str(ratio)] = row = row_of(name, label, kind, ratio)
+        print(name, kind, label, ratio, row.get("refused") or cell(row), flush=True)
+        stored.write_text(json.dumps(saved, indent=1) + "\n")
+    store(saved)
 
 
 if __name__ == "__main__":

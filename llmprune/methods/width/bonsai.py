@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.checkpoint.slicing import Place
-from llmprune.engine.gates import check_gates, gated
+from llmprune.engine.gates import gated
 from llmprune.engine.trunk import Trunk, token_losses
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.minitron import Minitron
@@ -45,7 +45,6 @@ class Bonsai(ModelScores):
 
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         super().check(model, asked)
-        check_gates(model, asked.units.values())
         if asked.scored:
             raise UserError("bonsai needs to know how many units of each layer go; use allocation=uniform or rising")
 

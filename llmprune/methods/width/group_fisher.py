@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from transformers import PreTrainedModel
 
-from llmprune.engine.gates import check_gates, squared_gradients
+from llmprune.checkpoint.slicing import Place
+from llmprune.engine.gradients import squared_gates
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ModelScores
@@ -23,12 +23,7 @@ class GroupFisher(ModelScores):
     """
 
     paper: ClassVar[str] = "arXiv:2108.00708"
-    memory: ClassVar[str] = "the model, and the activations of one batch in all layers; no gradients of weights"
+    memory: ClassVar[str] = "one layer and its activations for one batch; what enters every layer, for all tokens"
 
-    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
-        super().check(model, asked)
-        check_gates(model, asked.units.values())
-
-    def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        with trunk.loaded(*range(trunk.depth)):
-            return squared_gradients(trunk, asked.units)
+    def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        return squared_gates(trunk, asked.units.values())

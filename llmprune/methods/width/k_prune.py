@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from transformers import PreTrainedModel
 
-from llmprune.engine.gates import check_gates, squared_gradients
+from llmprune.engine.gradients import squared_gates
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
 from llmprune.methods.structural import Narrow, Narrowed
@@ -41,8 +40,8 @@ class KPrune(UnitMethod):
 
     paper: ClassVar[str] = "arXiv:2308.03449"
     memory: ClassVar[str] = (
-        "the model, the activations of one batch in all layers, and of the whole text in one layer of the dense model; the "
-        "new o and down matrices of all layers"
+        "one layer and its activations for one batch; what enters every layer, for all tokens; the new o and down matrices of "
+        "all layers"
     )
 
     def __post_init__(self) -> None:
@@ -51,10 +50,6 @@ class KPrune(UnitMethod):
 
     def way(self) -> Way:
         return Way(None, "least-squares", damping=self.damping, aim=1.0, kinds=frozenset({GRAM}))
-
-    def check(self, model: PreTrainedModel, asked: Narrow) -> None:
-        super().check(model, asked)
-        check_gates(model, asked.units.values())
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
         generator = torch.Generator(trunk.batches[0]["input_ids"].device).manual_seed(self.seed)
@@ -65,8 +60,7 @@ class KPrune(UnitMethod):
             next_T = torch.multinomial(chances, 1, generator=generator)
             return torch.cat([ids[:, :1], next_T.view(len(ids), -1)], 1)
 
-        with trunk.loaded(*range(trunk.depth)):
-            predictive = squared_gradients(trunk, asked.units, drawn)
+        predictive = squared_gates(trunk, asked.units.values(), drawn)
 
         def score(evidence: Evidence) -> torch.Tensor:
             assert evidence.stats is not None

@@ -1,18 +1,21 @@
-"""LLM-Pruner: heads and channels by a Taylor expansion of the loss."""
+"""LLM-Pruner: heads, channels and dimensions of the hidden state by a Taylor expansion of the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
-from llmprune.engine.gradients import backward, differentiated, sequences
+from llmprune.arch.units import Units
+from llmprune.checkpoint.slicing import HIDDEN, Place
+from llmprune.engine.gradients import loss_gradients
 from llmprune.engine.trunk import Trunk
-from llmprune.engine.widths import evidences
+from llmprune.engine.widths import evidences, slices
 from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ModelScores
+from llmprune.types import Gradient
 
 SQUARES = ("second", "mixed")
 
@@ -24,15 +27,16 @@ class LLMPruner(ModelScores):
     Ma et al. 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models", eq. 3 to 5. With g the gradient of
     the mean loss and h the mean of the squared gradients of single sequences, a slice scores by `taylor`: "vector"
     |sum w g|, "first" sum |w g|, "second" sum w^2 h, "mixed" sum |w g - w^2 h / 2|; a unit is the sum of its slices in
-    all matrices. The query heads of a kv group are those that read it, which the reference's script mistakes.
+    all matrices. The query heads of a kv group are those that read it, which the reference's script mistakes. With
+    `width.units=residual` it is the channel-wise mode: slices of embeddings, norms and head count as well.
     """
 
     taylor: str = "first"
 
+    scores_hidden: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2305.11627"
     memory: ClassVar[str] = (
-        "the model, the gradients of its layers, for taylor=second and mixed their squares in float32 too, and the "
-        "activations of one batch"
+        "one layer and its gradients (three times its weights, in float32); what enters every layer, for all tokens"
     )
 
     def __post_init__(self) -> None:
@@ -40,51 +44,46 @@ class LLMPruner(ModelScores):
         if self.taylor not in ("vector", "first", *SQUARES):
             raise ValueError(f"taylor {self.taylor!r} is none of vector, first, second, mixed")
 
-    def scores(self, trunk: Trunk, asked: Narrow) -> dict[tuple[int | None, str], torch.Tensor]:
-        names = {member.parameter for one in asked.units.values() for member in one.members if not member.norm}
-        with trunk.loaded(*range(trunk.depth)):
-            parameters = {name: trunk.model.get_parameter(name) for name in sorted(names)}
-            with differentiated(list(parameters.values())):
-                squares = self._run(trunk, parameters)
-                found = {}
-                for place, units in asked.units.items():
-                    own = {one.parameter: parameters[one.parameter] for one in units.members if not one.norm}
-                    changes = {name: self._change(one, squares.get(name)) for name, one in own.items()}
-                    parts = (
-                        torch.stack([self._sum(rows) for rows in one.weights()]).sum(0)
-                        for one in evidences(units, {}, changes)
-                    )
-                    found[place] = torch.cat(list(parts))
+    def scores(self, trunk: Trunk, asked: Narrow) -> dict[Place, torch.Tensor]:
+        # a square is of a sequence's own gradient
+        trunk = trunk.rows() if self.taylor in SQUARES else trunk
+        hidden = asked.units.get(HIDDEN)
+        found: dict[Place, torch.Tensor] = {}
+        if hidden is not None:
+            found[HIDDEN] = torch.zeros(hidden.count, dtype=torch.float64)
+        prefixes = [unit.prefix for unit in trunk.units]
+        counted = {one.parameter for units in asked.units.values() for one in units.members}
+        inside = [
+            [name.removeprefix(prefix) for name in sorted(counted) if name.startswith(prefix)] for prefix in prefixes
+        ]
+        outside = sorted(name for name in counted if not name.startswith(tuple(prefixes)))
+        for index, gradients in loss_gradients(trunk, inside, outside):
+            prefix = prefixes[index] if index >= 0 else ""
+            changes = {
+                prefix + name: self._change(trunk.model.get_parameter(prefix + name).detach(), one)
+                for name, one in gradients.items()
+            }
+            for place, units in asked.units.items():
+                if place[0] == index:
+                    parts = (self._sum(list(one.weights())) for one in evidences(units, {}, changes))
+                    found[place] = torch.cat(list(parts)).cpu()
+            if hidden is not None:
+                found[HIDDEN] += self._of_hidden(hidden, changes)
         return found
 
-    def _run(self, trunk: Trunk, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Fill in the gradients; returns the mean squares of those of single sequences where they are needed."""
-        if self.taylor not in SQUARES:
-            backward(trunk, trunk.batches)
-            return {}
-        squares = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in parameters.items()}
-        sums = {name: torch.zeros_like(one, dtype=torch.float32) for name, one in parameters.items()}
-        rows = list(sequences(trunk))
-        for row in rows:
-            backward(trunk, [row])
-            for name, one in parameters.items():
-                if one.grad is not None:
-                    squares[name].add_(one.grad.float().square() / len(rows))
-                    sums[name].add_(one.grad.float() / len(rows))
-                    one.grad = None
-        for name, one in parameters.items():
-            one.grad = sums[name].to(one.dtype)
-        return squares
+    def _of_hidden(self, hidden: Units, changes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the parameters at hand contribute to the scores of dimensions of the hidden state."""
+        return self._sum(list(slices(hidden, changes))).double().cpu()
 
-    def _change(self, weight: nn.Parameter, square: torch.Tensor | None) -> torch.Tensor:
+    def _change(self, weight: torch.Tensor, gradient: Gradient) -> torch.Tensor:
         """The terms of the expansion, one an entry."""
-        value = weight.detach().float()
-        first = value * weight.grad.float() if weight.grad is not None else torch.zeros_like(value)
-        if square is None:
+        first = weight.float() * gradient.mean_OI
+        if self.taylor not in SQUARES:
             return first
-        second = value.square() * square
+        second = weight.float().square() * gradient.squares_OI / gradient.samples
         return second if self.taylor == "second" else first - second / 2
 
-    def _sum(self, rows_UNK: torch.Tensor) -> torch.Tensor:
-        rows_UN = rows_UNK.sum(2).abs() if self.taylor == "vector" else rows_UNK.abs().sum(2)
-        return rows_UN.sum(1)
+    def _sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Of the slices of each unit, units x slices x entries for every parameter."""
+        rows = (one.sum(2).abs() if self.taylor == "vector" else one.abs().sum(2) for one in parts)
+        return torch.stack([one.sum(1) for one in rows]).sum(0)

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from llmprune.engine.widths import Evidence
+from llmprune.engine.trunk import Trunk
+from llmprune.engine.widths import Evidence, measure
+from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ScoredUnits
 from llmprune.statistics import MOMENTS
 
@@ -18,13 +20,25 @@ class Minitron(ScoredUnits):
 
     Muralidharan et al. 2024, "Compact Language Models via Pruning and Knowledge Distillation", section 2.2. The paper
     takes the mean of absolute values over a sequence before the L2 norm over the batch; here every token counts alike.
-    On text of one domain this is contextual pruning (Valicenti et al. 2023, "Mini-GPTs").
+    `width.units=channel,residual` is the paper's choice: heads stay. On text of one domain this is contextual pruning (Valicenti et al. 2023, "Mini-GPTs").
     """
 
     kinds: ClassVar[frozenset[str]] = frozenset({MOMENTS})
+    scores_hidden: ClassVar[bool] = True
     pruned: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv:2407.14679"
     memory: ClassVar[str] = "one layer, and with compensation the new o and down matrices of all layers"
+
+    def hidden(self, trunk: Trunk, asked: Narrow) -> torch.Tensor:
+        """Summed over all norms of the layers, the root mean square of what each hands to the matrices that read it."""
+        states = trunk.enter()
+        score_D = torch.zeros(asked.roles.hidden)
+        for index, layer in enumerate(asked.roles.layers):
+            with trunk.loaded(index):
+                for one in measure(trunk, index, states, layer.readers, self.kinds).values():
+                    score_D += (one.square_sums_I / one.tokens).sqrt().cpu()
+                states = trunk.run(index, states)
+        return score_D
 
     def score(self, evidence: Evidence) -> torch.Tensor:
         assert evidence.stats is not None

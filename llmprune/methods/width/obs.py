@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from llmprune.engine.trunk import Trunk
+from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.levels import searched
 from llmprune.methods.width.sequential import UnitMethod, Way
 
 
@@ -25,6 +28,7 @@ class GroupOBS(UnitMethod):
     aim: float = 0.0
     stream: str = "pruned"
 
+    searches: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2302.04089"
     memory: ClassVar[str] = (
         "one layer, two square matrices of its inner width in float64, and the new o and down matrices of all layers"
@@ -33,6 +37,14 @@ class GroupOBS(UnitMethod):
     def __post_init__(self) -> None:
         if self.stream not in ("pruned", "dense"):
             raise ValueError(f"stream {self.stream!r} is neither 'pruned' nor 'dense'")
+
+    def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
+        if asked.search is None:
+            return super().decide(trunk, asked)
+        counts, notes = searched(trunk, asked, self.way())
+        found = super().decide(trunk, replace(asked, spread=lambda _: counts, scored=False))
+        found.notes["search"] = notes
+        return found
 
     def way(self) -> Way:
         return Way(None, "least-squares", self.stream == "pruned", self.damping, self.aim)

@@ -8,7 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from llmprune.arch.units import Units
+from llmprune.checkpoint.slicing import HIDDEN
+from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
+from llmprune.methods.structural import Narrow
 from llmprune.methods.width.sequential import ScoredUnits
 
 
@@ -18,12 +22,20 @@ class RandomUnits(ScoredUnits):
 
     seed: int = 0
 
+    scores_hidden: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
     memory: ClassVar[str] = "one layer"
 
     def score(self, evidence: Evidence) -> torch.Tensor:
+        return self._draw(evidence.units, evidence.first, evidence.count)
+
+    def hidden(self, trunk: Trunk, asked: Narrow) -> torch.Tensor:
+        units = asked.units[HIDDEN]
+        return self._draw(units, 0, units.count)
+
+    def _draw(self, units: Units, first: int, count: int) -> torch.Tensor:
         # another draw for every layer and kind, the same one whenever it is asked for
-        place = f"{self.seed} {evidence.units.layer} {evidence.units.kind} {evidence.first}"
+        place = f"{self.seed} {units.layer} {units.kind} {first}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little") >> 1
-        return torch.rand(evidence.count, generator=torch.Generator().manual_seed(seed))
+        return torch.rand(count, generator=torch.Generator().manual_seed(seed))

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune.arch.roles import Weight
-from llmprune.arch.units import KV_GROUP, QUERY_HEAD
-from llmprune.checkpoint.slicing import Place, Slicing
+from llmprune.arch.units import KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE
+from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
 from llmprune.engine.dense import Inputs
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
@@ -19,6 +19,7 @@ from llmprune.methods.structural import TEXT, Narrow, Narrowed
 from llmprune.solvers.groups import damped, eliminate, fold, mean_fold, unlike
 from llmprune.solvers.retarget import retarget
 from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
+from llmprune.types import UserError
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
@@ -36,7 +37,9 @@ class Way:
     it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
     the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
     puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
-    `weigh`: for OBS, where errors of some outputs count more than those of others.
+    `weigh`: for OBS, where errors of some outputs count more than those of others. `hidden`: the scores of dimensions of the
+    hidden state in the dense model, of a method that has such. `basis`: a new basis for the value dimensions of each kv
+    head, in which they are chosen.
     """
 
     score: Score | None
@@ -47,6 +50,8 @@ class Way:
     kinds: frozenset[str] = frozenset()
     unique: bool = False
     weigh: Weigh | None = None
+    hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
+    basis: Callable[[Evidence], torch.Tensor] | None = None
 
     @property
     def reads(self) -> frozenset[str]:
@@ -64,6 +69,7 @@ class UnitMethod:
     patterns: ClassVar[tuple[str, ...]] = ()
     output: ClassVar[str] = "plain"
     takes_list: ClassVar[bool] = False
+    searches: ClassVar[bool] = False  # whether it can be asked to search for the amounts
 
     def way(self) -> Way:
         """How the method goes."""
@@ -71,7 +77,21 @@ class UnitMethod:
 
     def check(self, model: PreTrainedModel, asked: Narrow) -> None:
         """Whether the method can handle a model; raises UserError. Reads no weights."""
-        if self.way().compensate == "bias":
+        way = self.way()
+        if asked.search is not None and not self.searches:
+            raise UserError(
+                "allocation=evolutionary chooses among levels of group-obs (ziplm, slimgpt, osscar); use that method"
+            )
+        if HIDDEN in asked.units and way.hidden is None:
+            raise UserError(
+                f"this method has no scores for dimensions of the hidden state ({RESIDUAL}); llm-pruner, minitron, "
+                "group-magnitude and random-units have"
+            )
+        if HIDDEN in asked.units and (way.compensate != "none" or way.unique):
+            raise UserError(
+                f"where {RESIDUAL} dimensions go nothing makes up for them: leave compensate and uniqueness out"
+            )
+        if way.compensate == "bias":
             writers = _writers(asked, list(asked.units))
             asked.check_biases([bias_name(one.name) for one in writers if one.bias is None])
 
@@ -93,6 +113,7 @@ class ScoredUnits(UnitMethod):
     uniqueness: str = "none"
 
     kinds: ClassVar[frozenset[str]] = frozenset()  # the statistics that the score reads
+    scores_hidden: ClassVar[bool] = False  # whether `hidden` answers
     pruned: ClassVar[bool] = True  # of the pruned stream, or of the dense one
 
     def __post_init__(self) -> None:
@@ -104,9 +125,21 @@ class ScoredUnits(UnitMethod):
         """The scores of the units, U."""
         raise NotImplementedError
 
+    def hidden(self, trunk: Trunk, asked: Narrow) -> torch.Tensor:
+        """The scores of the dimensions of the hidden state, D."""
+        raise NotImplementedError
+
     def way(self) -> Way:
-        unique = self.uniqueness == "gum"
-        return Way(self.score, self.compensate, self.pruned, self.damping, kinds=self.kinds, unique=unique)
+        hidden = self.hidden if self.scores_hidden else None
+        return Way(
+            self.score,
+            self.compensate,
+            self.pruned,
+            self.damping,
+            kinds=self.kinds,
+            unique=self.uniqueness == "gum",
+            hidden=hidden,
+        )
 
 
 @dataclass(frozen=True)
@@ -118,28 +151,36 @@ class ModelScores(ScoredUnits):
         raise NotImplementedError
 
     def decide(self, trunk: Trunk, asked: Narrow) -> Narrowed:
-        return narrow(trunk, asked, replace(self.way(), score=given(self.scores(trunk, asked))))
+        scores = self.scores(trunk, asked)
+        return narrow(trunk, asked, replace(self.way(), score=given(scores), hidden=lambda *_: scores[HIDDEN]))
 
 
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
     counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
     found = Narrowed({place: [] for place in asked.units})
+    if HIDDEN in asked.units:
+        assert way.hidden is not None
+        found.scores[HIDDEN] = way.hidden(trunk, asked)
+        found.removed[HIDDEN] = lowest(found.scores[HIDDEN], counts[HIDDEN])
     states = trunk.enter() if way.reads else []
     dense: States = list(states) if way.aim else []
-    for index, places in _by_layer(trunk, asked):
+    for index, places in by_layer(trunk, asked):
         with trunk.loaded(index):
             inputs: list[Inputs] | None = None
             if dense:
                 plain = [one for one in places if not asked.units[one].stacked]
-                inputs, dense = record(trunk, index, dense, _writers(asked, plain))
-            layer = _Layer(trunk, index, asked, way, states, inputs)
+                inputs, dense = record(trunk, index, dense, _names(asked, plain))
+            layer = Layer(trunk, index, asked, way, states, inputs)
             after: States | None = None
             if states and not way.pruned:
                 layer.stats, after = layer.measured(places), trunk.run(index, states)
             with holding(trunk.units[index].module, layer.starting_values(places)) as held:
-                for half in _halves(places):
-                    layer.narrow(half, counts, held, found)
+                for half in halves(places):
+                    stats = layer.stats if layer.stats is not None else layer.measured(half)
+                    if layer.turned(half, stats, counts, held, found):
+                        stats = layer.measured(half)
+                    layer.narrow(half, stats, counts, held, found)
                 if states:
                     states = trunk.run(index, states) if after is None else after
     return found
@@ -150,20 +191,20 @@ def scores_of(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, torch.Tensor
     scores: dict[Place, torch.Tensor] = {}
     kinds = way.reads - {DRIFT}
     states = trunk.enter() if kinds else []
-    for index, places in _by_layer(trunk, asked):
+    for index, places in by_layer(trunk, asked):
         unit = trunk.units[index]
         with trunk.loaded(index):
             values = {unit.prefix + name: one for name, one in unit.module.named_parameters()}
-            stats = measure(trunk, index, states, _writers(asked, places), kinds) if kinds and places else {}
+            stats = measure(trunk, index, states, _names(asked, places), kinds) if kinds and places else {}
             for place in places:
                 some = evidences(asked.units[place], stats, values)
-                scores[place] = torch.cat([_choose(one, one.count - one.strata, way)[1].cpu() for one in some])
+                scores[place] = torch.cat([choose(one, one.count - one.strata, way)[1].cpu() for one in some])
             states = trunk.run(index, states) if states else []
     return scores
 
 
 @dataclass
-class _Layer:
+class Layer:
     """One layer on its way to fewer units."""
 
     trunk: Trunk
@@ -180,7 +221,7 @@ class _Layer:
 
     def measured(self, places: list[Place]) -> dict[str, Stats]:
         """Statistics of what the units of some places put out, as the layer is now."""
-        kinds, writers = self.way.reads, _writers(self.asked, places)
+        kinds, writers = self.way.reads, _names(self.asked, places)
         # which tokens an expert sees differs from the dense model
         beside = None if any(self.asked.units[place].stacked for place in places) else self.inputs
         kinds = kinds if beside is not None else kinds - {DRIFT}
@@ -201,17 +242,50 @@ class _Layer:
                 )
         return values
 
+    def turned(
+        self,
+        half: list[Place],
+        stats: Mapping[str, Stats],
+        counts: Mapping[Place, int],
+        held: Mapping[str, torch.Tensor],
+        found: Narrowed,
+    ) -> bool:
+        """Bring the value dimensions that are `held` into a new basis, if the way has one; returns whether it did."""
+        place = (self.index, VALUE)
+        if self.way.basis is None or place not in half or not counts[place]:
+            return False
+        attention = self.asked.roles.layers[self.index].attention
+        assert attention.value is not None
+        values = {self.prefix + name: one.data for name, one in held.items()}
+        (evidence,) = evidences(self.asked.units[place], stats, values)
+        basis_GHK = self.way.basis(evidence)
+        back_GKH = torch.linalg.inv(basis_GHK)
+        for name, axis in ((attention.value.name, attention.value.output_axis), (attention.value.bias, 0)):
+            if name is not None:
+                rows_GHD = values[name].movedim(axis, 0).double().reshape(*basis_GHK.shape[:2], -1)
+                turned = (basis_GHK.mT @ rows_GHD).reshape(values[name].movedim(axis, 0).shape).movedim(0, axis)
+                values[name].copy_(turned)
+                found.values[name] = values[name].cpu().clone()
+        columns = values[attention.output.name].movedim(attention.output.input_axis, 0)
+        columns_GRHO = columns.double().reshape(len(basis_GHK), -1, basis_GHK.shape[1], columns.shape[-1])
+        columns.copy_((back_GKH[:, None] @ columns_GRHO).view(columns.shape))
+        return True
+
     def narrow(
-        self, half: list[Place], counts: Mapping[Place, int], held: Mapping[str, torch.Tensor], found: Narrowed
+        self,
+        half: list[Place],
+        stats: Mapping[str, Stats],
+        counts: Mapping[Place, int],
+        held: Mapping[str, torch.Tensor],
+        found: Narrowed,
     ) -> None:
-        """Choose the units of `half` that go, and change the values that are `held` in the layer."""
-        stats = self.stats if self.stats is not None else self.measured(half)
+        """Choose the units of `half` that go, by `stats`, and change the values that are `held` in the layer."""
         values = {self.prefix + name: one.data for name, one in held.items()}
         for place in half:
             units, scores = self.asked.units[place], []
             each = counts[place] // (units.strata if units.stacked else 1)
             for evidence in evidences(units, stats, values):
-                gone, score_U = _choose(evidence, each, self.way)
+                gone, score_U = choose(evidence, each, self.way)
                 found.removed[place] += [evidence.first + unit for unit in gone]
                 scores.append(score_U.cpu())
                 self._make_up(evidence, gone, values, found)
@@ -272,7 +346,7 @@ def bias_name(weight: str) -> str:
     return f"{weight.removesuffix('weight')}bias"
 
 
-def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
+def choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
     """The units that go, and the scores of all."""
     if evidence.stats is None and way.reads:
         # no token came by: what is left to go by is the size of the weights
@@ -293,17 +367,21 @@ def _choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.
     return trace.order, score_U.nan_to_num(posinf=max(trace.losses, default=0.0))
 
 
-def _by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
+def by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
     for index in range(trunk.depth):
         yield index, [place for place in asked.units if place[0] == index]
 
 
-def _halves(places: list[Place]) -> Iterator[list[Place]]:
+def halves(places: list[Place]) -> Iterator[list[Place]]:
     """Places that write through the same matrix, in the order of the forward pass."""
-    heads = [place for place in places if place[1] in HEADS]
+    heads = [place for place in places if place[1] in (*HEADS, VALUE)]
     for half in (heads, [place for place in places if place not in heads]):
         if half:
             yield half
+
+
+def _names(asked: Narrow, places: list[Place]) -> list[str]:
+    return [one.name for one in _writers(asked, places)]
 
 
 def _writers(asked: Narrow, places: list[Place]) -> list[Weight]:
