@@ -53,6 +53,7 @@ METHODS = {
     "modegpt": "llmprune.methods.width.modegpt:MoDeGPT",
     "slicegpt": "llmprune.methods.width.slicegpt:SliceGPT",
     "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
+    "m-smoe": "llmprune.methods.expert.m_smoe:MSMoE",
 }
 
 

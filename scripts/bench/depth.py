@@ -46,7 +46,7 @@ DEPTH: dict[str, dict[str, Any]] = {
     "llm-drop": {},
     "llm-drop joint": {"half": "joint"},
 }
-EXPERTS = ("reap", "expert-frequency", "expert-norm", "expert-subset", "hc-smoe")
+EXPERTS = ("reap", "expert-frequency", "expert-norm", "expert-subset", "hc-smoe", "m-smoe")
 PAIRS = 300
 
 
