@@ -21,6 +21,7 @@ from llmprune.arch.discover import decoder_layers, find_units
 from llmprune.checkpoint.layer_lists import edit_config
 from llmprune.engine.fold import measure
 from llmprune.engine.gradients import saliency
+from llmprune.engine.search import WHOLE, losses_without
 from llmprune.engine.similarity import turns
 from llmprune.engine.trunk import Trunk
 from llmprune.kernels.product import FastLinear
@@ -307,6 +308,7 @@ def test_shortgpt_angular_and_keep_first_choose_by_their_rules(five: None) -> No
 def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
     remember: bool, five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # without room, every sequence is a chunk
     monkeypatch.setattr("llmprune.engine.search.SHARE", 0.25 if remember else 0.0)
     source = tiny.save("llama", tmp_path / "dense")
     options = {"protect_first": 0, "protect_last": 0}
@@ -331,6 +333,26 @@ def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
     begin = [max(one, first + 1) if remember else one for one in begin]
     runs += sum(len([layer for layer in range(one, 5) if layer != first]) for one in begin)
     assert notes["layer_runs"] == runs < notes["layer_runs_naive"] == 4 * 5 + 3 * 4
+
+
+@pytest.mark.parametrize("kind", [WHOLE, "mlp"])
+def test_losses_in_chunks_are_those_in_one_go(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 1 and of 2 of 5 batches of different lengths; no more states at once than fit."""
+    model, held = tiny.build("llama").requires_grad_(False), []
+    units, weights = find_units(model, head=False), Resident(model)
+    batches = [{"input_ids": tiny.tokens(count, 11, seed=count)} for count in (1, 2, 1, 3, 1)]
+    parts, gone = [(index, kind) for index in (0, 2)], {(1, kind)}
+    trunk = Trunk(model, units, batches, weights)
+    whole = losses_without(trunk, parts, gone)
+    enter = Trunk.enter
+    monkeypatch.setattr(Trunk, "enter", lambda self: held.append(len(self.batches)) or enter(self))
+    for size in (1, 2):
+        bytes_of_all = 8 * 11 * 32 * 4 * (len(parts) + 2)
+        monkeypatch.setattr("llmprune.engine.search._room", lambda _, room=-(-size * bytes_of_all // 5): room)
+        chunked = Trunk(model, units, batches, weights)
+        assert losses_without(chunked, parts, gone) == whole
+        assert chunked.runs == trunk.runs
+    assert held == [1, 1, 1, 1, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "gpt-neox", "bloom", "gpt-oss", "deepseek-v3"])

@@ -28,18 +28,18 @@ def assign(gain_NN: torch.Tensor) -> torch.Tensor:
             distance[nearer], before[nearer] = through[nearer], row
             column = int(np.where(done, np.inf, distance).argmin())
             done[column], reached = True, distance[column]
-            row = row_of[column]
+            row = int(row_of[column])
             if row < 0:
                 break
             visited.append(row)
         # prices keep every reduced cost >= 0, and 0 along the pairs
-        column_of = {row_of[one]: one for one in done.nonzero()[0] if row_of[one] >= 0}
+        column_of = {int(row_of[one]): int(one) for one in done.nonzero()[0] if row_of[one] >= 0}
         row_price[start] += reached
         for row in visited[1:]:
             row_price[row] += reached - distance[column_of[row]]
         column_price[done] -= reached - distance[done]
         while True:
-            row = before[column]
+            row = int(before[column])
             row_of[column], column = row, column_of.get(row, -1)
             if row == start:
                 break
