@@ -115,7 +115,8 @@ def _bytes(trunk: Trunk, variants: int) -> int:
     """What the states of the model and all variants take at one layer, entering and leaving it."""
     tokens = sum(batch["input_ids"].numel() for batch in trunk.batches)
     width: int = trunk.model.config.get_text_config().hidden_size
-    return tokens * width * trunk.model.dtype.itemsize * (variants + 2)
+    found: int = tokens * width * trunk.model.dtype.itemsize * (variants + 2)
+    return found
 
 
 def _room(trunk: Trunk) -> int:
@@ -123,13 +124,13 @@ def _room(trunk: Trunk) -> int:
     return int(SHARE * unused(trunk.batches[0]["input_ids"].device))
 
 
-def run_without(trunk: Trunk, index: int, states: States, gone: set[Part]) -> States:
-    """Layer `index` without those of its parts that are gone."""
+def run_without(trunk: Trunk, index: int, states: States, gone: set[Part], *, batches: range | None = None) -> States:
+    """Layer `index`, on all (or some) batches, without those of its parts that are gone."""
     missing = _skipped(index, gone)
     if missing == set(HALVES):
         return states
     with _silent(trunk, index, missing):
-        return trunk.run(index, states)
+        return trunk.run(index, states, batches=batches)
 
 
 def check_halves(trunk: Trunk) -> None:

@@ -45,6 +45,7 @@ METHODS = {
     "bonsai": "llmprune.methods.width.bonsai:Bonsai",
     "minitron": "llmprune.methods.width.minitron:Minitron",
     "thinet": "llmprune.methods.width.thinet:ThiNet",
+    "flattengpt": "llmprune.methods.depth.flattengpt:FlattenGPT",
     "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
