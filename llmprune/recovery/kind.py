@@ -16,12 +16,14 @@ class Kind:
     """How a model's weights are made trainable, and made plain again.
 
     `learning_rate`: its usual one. `trains_base`: whether the stored weights themselves move, which must then be held
-    in float32. `keeps_zeros`: whether the zeros found at the start are those of the end.
+    in float32. `keeps_zeros`: whether the zeros found at the start are those of the end. `shards`: whether the weights may
+    be spread over processes while it trains them.
     """
 
     learning_rate: ClassVar[float]
     trains_base: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     def check(self, targets: list[Target]) -> None:
         """Whether a model with these matrices can be recovered so; raises UserError."""

@@ -62,6 +62,11 @@ class TrainingRun:
         self.history = read_history(self.folder)
         self.checkpoint = Checkpoint(self.folder)
         self.config = load_config(str(self.folder), trust_remote_code=recipe.trust_remote_code)
+        if recipe.training.shard and not kind.shards:
+            raise UserError(
+                f"{recipe.how!r} needs every matrix whole to choose what goes, which training.shard=true spreads over "
+                "processes: leave it off (processes still share each step), or prune first and then recover with finetune"
+            )
         tokenizer = load_tokenizer(self.folder, recipe.trust_remote_code)
         self.corpus = read_corpus(recipe.data, tokenizer, min(recipe.data.seqlen, longest(self.config)))
         largest = max(int(one.ids_NT.max()) for one in (self.corpus.train, self.corpus.held_out))
