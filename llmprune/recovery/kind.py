@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.checkpoint.slicing import Slicing
 from llmprune.recovery.zeros import Target, detach
+from llmprune.width_plan import WidthPlan
 
 
 class Kind:
@@ -55,6 +57,10 @@ class Kind:
     def save_adapter(self, folder: Path) -> None:
         """Write what was trained in PEFT's format."""
         raise NotImplementedError
+
+    def cut(self) -> tuple[WidthPlan, Slicing] | None:
+        """After `merge`: what of the model's width is to go; None if it keeps its shape."""
+        return None
 
     def merge(self, targets: list[Target]) -> None:
         """Make the model a plain one again, with its new weights in place."""
