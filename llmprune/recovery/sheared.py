@@ -39,7 +39,6 @@ class Sheared(Kind):
     units: str = ""
     ramp: float = 0.5
     gate_rate: float = 500.0
-    seed: int = 0
 
     def check(self, targets: list[Target]) -> None:
         if not 0 < self.ratio < 1:
@@ -59,9 +58,7 @@ class Sheared(Kind):
         counts = {place: count for place, count in asked.spread({}).items() if count}
         by_name = {target.name: target for target in targets}
         places = {place: by_name[asked.units[place].writer.name] for place in counts}  # type: ignore[union-attr]
-        self._inner = self.trainer()
-        self._inner.check(list(places.values()))
-        trained = self._inner.prepare(model, targets)
+        trained = self.trainer().prepare(model, targets)
         self._gates: dict[Any, Gate] = {}
         for place, target in places.items():
             (self._gates[place],) = attach([target], lambda one, units=asked.units[place]: Gate(units, one.kept.device))
@@ -117,6 +114,7 @@ class Compresso(Sheared):
     rank: int = 8
     alpha: float = 16.0
     targets: str = "all-linear"
+    seed: int = 0
 
     def trainer(self) -> Kind:
         return Masked(self.rank, self.alpha, self.targets, self.seed)

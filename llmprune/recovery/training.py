@@ -243,7 +243,7 @@ class TrainingRun:
                 "trained": by_step[state.best_step],
                 "stored": trainer.held_out(result),
             },
-            "params": sum(one.numel() for one in result.parameters()),
+            "params": None if result is plain else sum(one.numel() for one in result.parameters()),
             "zeros": None if self.kind.keeps_zeros else count_zeros(result, find_targets(result)),
         }, result
 
