@@ -62,7 +62,9 @@ def solve_kernel(
     tl.store(loss_ptr + o, loss, mask=o < outputs)
 
 
-def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget) -> float:
+def solve_block(
+    current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor, budget: Budget
+) -> torch.Tensor:
     columns, outputs = current_BO.shape
     group = budget.pattern.group or 1
     launch: dict[str, Any] = configuration("sparsegpt_block", current_BO.device)
@@ -90,4 +92,4 @@ def solve_block(current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO:
         current_BO.copy_(current)
     if pruned is not pruned_BO:
         pruned_BO.copy_(pruned)
-    return float(loss_O.sum(dtype=torch.float64))
+    return loss_O.double()

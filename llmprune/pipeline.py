@@ -22,10 +22,12 @@ from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
-from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, UserError
+from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, Together, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
 UNUSED = "no calibration token passed through it"
+# devices that solving one matrix keeps busy: there, several at once take memory and gain nothing
+FILLED = ("cpu",)
 
 
 def schedule_of(recipe: Recipe, kinds: frozenset[str], epochs: int) -> str:
@@ -80,7 +82,7 @@ class Pruning:
             if unit.name not in self._finished:
                 self.enter(unit)
                 for spec in self._open(unit):
-                    self._prune(unit, spec, None)
+                    self._prune(unit, [spec], None)
                 self.finish(unit)
                 self.leave(unit)
 
@@ -104,11 +106,11 @@ class Pruning:
         # solvers make many small calls, which the modes that watch the forward would slow down
         with torch._C.DisableTorchFunction():
             specs = [self._settle_layout(one, transposed[one.name]) for one in self._open(unit) if one.name in stats]
-            for spec in specs:
+            for together in self._groups(unit, specs, stats):
                 # taken out, so that the last matrix that shares these statistics frees them
-                one = stats.pop(spec.name)
+                one, *_ = [stats.pop(spec.name) for spec in together]
                 if one.whole:
-                    self._prune(unit, spec, one)
+                    self._prune(unit, together, one)
             self._exchange(unit, specs)
 
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
@@ -192,25 +194,45 @@ class Pruning:
             del self._plan.budgets[spec.name]
             self._reporter.warn(f"{spec.name} is left dense: {UNUSED}")
         else:
-            self._prune(unit, spec, None)
+            self._prune(unit, [spec], None)
 
-    def _prune(self, unit: Unit, spec: MatrixSpec, stats: Stats | None) -> None:
+    def _groups(self, unit: Unit, specs: list[MatrixSpec], stats: dict[str, Stats]) -> list[list[MatrixSpec]]:
+        """The matrices that are solved at once: those that share an input and a budget, where method and device gain."""
+        if not isinstance(self._method, Together) or next(unit.module.parameters()).device.type in FILLED:
+            return [[spec] for spec in specs]
+        groups: dict[tuple[int, Budget], list[MatrixSpec]] = {}
+        for spec in specs:
+            groups.setdefault((id(stats[spec.name]), self._plan.budgets[spec.name]), []).append(spec)
+        return list(groups.values())
+
+    def _prune(self, unit: Unit, specs: list[MatrixSpec], stats: Stats | None) -> None:
         started = time.perf_counter()
-        give_back()  # what the forward, or the matrix before, has freed
-        budget = self._plan.budgets[spec.name]
+        give_back()  # what the forward, or the matrices before, have freed
+        budget = self._plan.budgets[specs[0].name]
         unseen = stats is None and bool(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
-        dense_OI = read_matrix(unit, spec)
-        if not bool(torch.isfinite(dense_OI).all()):
-            raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
+        matrices = [self._matrix(unit, spec) for spec in specs]
         try:
-            edit = method.solve(self._matrix(spec, dense_OI), stats, budget)
+            if len(specs) > 1 and isinstance(method, Together):
+                edits = method.solve_together(matrices, stats, budget)
+            else:
+                edits = [method.solve(one, stats, budget) for one in matrices]
         except RunError as error:
-            raise RunError(f"{spec.name}: {error}") from error
-        if unseen:
-            edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
-        planned = method.planned(spec.outputs, spec.inputs, budget)
-        self._check(spec, edit, planned, budget)
+            raise RunError(f"{', '.join(spec.name for spec in specs)}: {error}") from error
+        shared = (time.perf_counter() - started) / len(specs)
+        for spec, matrix, edit in zip(specs, matrices, edits, strict=True):
+            started = time.perf_counter()
+            if unseen:
+                edit.notes["fallback"] = "magnitude: no calibration token reached this expert"
+            planned = method.planned(spec.outputs, spec.inputs, budget)
+            self._check(spec, edit, planned, budget)
+            outcome = self._store(unit, spec, matrix.weight_OI, edit, planned, stats)
+            self._note(unit, outcome, round(shared + time.perf_counter() - started, 4))
+
+    def _store(
+        self, unit: Unit, spec: MatrixSpec, dense_OI: torch.Tensor, edit: Edit, planned: int, stats: Stats | None
+    ) -> Outcome:
+        """Put what became of a matrix where later layers see it."""
         dtype = self._weights.storage_dtype(spec.parameter)
         # what later layers see is what will be read back: the weights as they are stored
         stored_OI = edit.weight_OI.to(dtype).masked_fill(edit.pruned_OI, 0)
@@ -223,17 +245,16 @@ class Pruning:
         extra = int((stored_OI == 0).sum()) - achieved
         if extra:
             edit.notes["zeros_beyond_plan"] = extra
-        outcome = Outcome(
+        return Outcome(
             name=spec.name,
             shape=(spec.outputs, spec.inputs),
             planned=planned,
             achieved=achieved,
             error=lost,
             error_kind=kind,
-            tokens=stats.tokens if stats else 0 if unseen else None,
+            tokens=stats.tokens if stats else 0 if self._method.needs else None,
             notes=edit.notes,
         )
-        self._note(unit, outcome, round(time.perf_counter() - started, 4))
 
     def _exchange(self, unit: Unit, specs: list[MatrixSpec]) -> None:
         """Bring in those of the matrices that other processes have solved."""
@@ -255,7 +276,10 @@ class Pruning:
         self._seconds[outcome.name] = seconds
         self._reporter.matrix(outcome, seconds)
 
-    def _matrix(self, spec: MatrixSpec, dense_OI: torch.Tensor) -> Matrix:
+    def _matrix(self, unit: Unit, spec: MatrixSpec) -> Matrix:
+        dense_OI = read_matrix(unit, spec)
+        if not bool(torch.isfinite(dense_OI).all()):
+            raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
         gradient = self._gradients.of(spec, dense_OI.device) if self._gradients is not None else None
         return Matrix(spec.name, dense_OI, gradient)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -171,6 +172,13 @@ class Method(Protocol):
     def planned(self, outputs: int, inputs: int, budget: Budget) -> int: ...
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit: ...
+
+
+@runtime_checkable
+class Together(Method, Protocol):
+    """A method that can also solve several matrices with the same input and budget at once."""
+
+    def solve_together(self, matrices: Sequence[Matrix], stats: Stats | None, budget: Budget) -> list[Edit]: ...
 
 
 @dataclass

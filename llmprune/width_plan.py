@@ -23,6 +23,8 @@ from llmprune.types import UserError
 
 KINDS = (KV_GROUP, QUERY_HEAD, CHANNEL, EXPERT_CHANNEL)
 USUAL = (KV_GROUP, CHANNEL, EXPERT_CHANNEL)
+# rows of fused experts start at multiples of 16 bytes, in formats of 2 bytes
+EXPERT_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
         raise UserError(f"all of the {depth} layers are protected; at least one must lose heads or channels")
     room = Room.of(model, config, roles, settings.units or USUAL)
     units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
+    if any(one.kind == EXPERT_CHANNEL for one in units.values()) and settings.round_to % EXPERT_STEP:
+        raise UserError(
+            f"width.round_to={settings.round_to} gives the products of fused experts sizes that they do not take: "
+            f"name a multiple of {EXPERT_STEP}"
+        )
     ragged = recipe.layout == "remote-code"
     if ragged and any(one.kind == EXPERT_CHANNEL for one in units.values()):
         raise UserError(

@@ -10,6 +10,7 @@ Each type is built with random weights from its own configuration class, the siz
   transformers loads computes what the model in memory does
 * depth: a layer less, loaded plainly; generation with the cache is that without
 * experts: half of them less, where there are any
+* width: a fifth of the layers' heads and channels less, where the roles of their matrices are known
 
 A type that is no decoder-only language model must be refused with a message; it is counted apart.
 """
@@ -320,6 +321,18 @@ def experts(model: PreTrainedModel, folder: Path) -> str:
         return generates(smaller, model)
 
 
+def width(model: PreTrainedModel, folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = {"ratio": 0.2}
+        resident = prune(load(folder), method="wanda-sp", **settings)
+        prune(folder, Path(scratch) / "out", method="wanda-sp", **settings)
+        smaller = load(Path(scratch) / "out")
+        if count(smaller) >= count(model):
+            raise AssertionError("no parameter went")
+        torch.testing.assert_close(logits(smaller), logits(resident.model), rtol=1e-3, atol=1e-4)
+        return generates(smaller, model)
+
+
 CHECKS: dict[str, Check] = {
     "engine": engine,
     "sparsegpt 50 %": weights("sparsegpt", ("layer", "module"), sparsity=0.5),
@@ -327,6 +340,7 @@ CHECKS: dict[str, Check] = {
     "wanda 50 %": weights("wanda", ("module",), sparsity=0.5),
     "depth": depth,
     "experts": experts,
+    "width": width,
 }
 
 

@@ -232,6 +232,28 @@ def test_schedule_module_measures_with_pruned_predecessors(name: str, monkeypatc
         assert_gram(gram_II, pruned[key], key)
 
 
+def test_matrices_that_share_an_input_are_solved_at_once_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = prune(tiny.build("llama"), "layer", overrides=[{"targets": ["k_proj"], "sparsity": 0.25}])
+    monkeypatch.setattr("llmprune.pipeline.FILLED", ())
+    together: list[list[str]] = []
+    plain = SparseGPT.solve_together
+
+    def recorded(self: SparseGPT, matrices: list[Matrix], stats: Stats, budget: Any) -> list[Edit]:
+        together.append(sorted(one.name.split(".")[-2] for one in matrices))
+        return plain(self, matrices, stats, budget)
+
+    monkeypatch.setattr(SparseGPT, "solve_together", recorded)
+    found = prune(tiny.build("llama"), "layer", overrides=[{"targets": ["k_proj"], "sparsity": 0.25}])
+    # q, k and v share an input, but k has a budget of its own
+    groups = [["down_proj"], ["gate_proj", "up_proj"], ["k_proj"], ["o_proj"], ["q_proj", "v_proj"]]
+    layer_by_layer = sorted(groups * tiny.build("llama").config.num_hidden_layers)
+    # the first is the forecast's
+    assert sorted(together[1:]) == layer_by_layer
+    for ours, theirs in zip(found.model.parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(ours == 0, theirs == 0)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_schedule_layer_measures_with_dense_predecessors_in_pruned_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.build("llama")
     grams = grams_of_a_run(model, "layer", monkeypatch)

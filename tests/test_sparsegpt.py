@@ -229,6 +229,20 @@ def test_equal_scores_go_by_row_major_index() -> None:
     assert edit.pruned_OI.tolist() == [[True, True, False, False] * 2] * 3
 
 
+@pytest.mark.parametrize("options", [{}, {"order": "rose"}, {"bits": 4}], ids=str)
+@pytest.mark.parametrize("budget", BUDGETS, ids=label)
+def test_matrices_solved_together_are_those_solved_alone(budget: Budget, options: dict[str, object]) -> None:
+    """Rows never meet in the sweep, and each matrix loses its own share."""
+    cases = [clear_case("correlated", shape, budget) for shape in ((40, 256), (9, 256))]
+    method, stats = SparseGPT(**options), cases[0][1]
+    matrices = [Matrix(str(number), case[0]) for number, case in enumerate(cases)]
+    for matrix, edit in zip(matrices, method.solve_together(matrices, stats, budget), strict=True):
+        alone = method.solve(matrix, stats, budget)
+        assert torch.equal(edit.pruned_OI, alone.pruned_OI)
+        assert float((edit.weight_OI - alone.weight_OI).norm() / alone.weight_OI.norm()) <= TOLERANCE
+        assert edit.loss == pytest.approx(alone.loss, rel=1e-5) and edit.notes == alone.notes
+
+
 # --- identities ---
 
 

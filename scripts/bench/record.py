@@ -27,7 +27,7 @@ def environment(*packages: str) -> dict[str, Any]:
     command = " ".join([Path(sys.argv[0]).resolve().relative_to(ROOT).as_posix(), *sys.argv[1:]])
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{model}, {os.cpu_count()} cores, {_gpu()}",
+        "hardware": f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {_gpu()}",
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}},
         "command": f"python {command}",
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -63,12 +64,18 @@ class SparseGPT:
         return planned_by_block(outputs, inputs, self.block, budget)
 
     def solve(self, matrix: Matrix, stats: Stats | None, budget: Budget) -> Edit:
+        (edit,) = self.solve_together([matrix], stats, budget)
+        return edit
+
+    def solve_together(self, matrices: Sequence[Matrix], stats: Stats | None, budget: Budget) -> list[Edit]:
+        """Matrices that share an input, in one sweep over its columns: as one matrix that has the outputs of all."""
         assert stats is not None
-        width = block_width(self.block, budget)
-        weight_OI = matrix.weight_OI
-        outputs, inputs = weight_OI.shape
-        if not self.bits and not self.planned(outputs, inputs, budget):
-            return Edit.unchanged(weight_OI)
+        if len(matrices) > 1 and (self.bits or self.order == "rose"):  # grids and orders belong to a matrix
+            return [self.solve(one, stats, budget) for one in matrices]
+        width, parts = block_width(self.block, budget), [len(one.weight_OI) for one in matrices]
+        weight_OI = torch.cat([one.weight_OI for one in matrices]) if len(matrices) > 1 else matrices[0].weight_OI
+        if not self.bits and not any(self.planned(outputs, weight_OI.shape[1], budget) for outputs in parts):
+            return [Edit.unchanged(one.weight_OI) for one in matrices]
         factor = stats.factor(self.damping)
         order_I = rose_order(weight_OI, factor, budget, width) if self.order == "rose" else None
         if order_I is not None:
@@ -76,20 +83,22 @@ class SparseGPT:
             factor = reversed_cholesky(stats.gram_II[order_I][:, order_I], self.damping)
         grid = Grid.of(weight_OI, self.bits) if self.bits else None
 
-        def solve(here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor) -> float:
-            return solve_block(current_BO, inverse_t_BB, pruned_BO, budget, grid)
+        def solve(
+            here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor
+        ) -> torch.Tensor:
+            return solve_block(current_BO, inverse_t_BB, pruned_BO, budget, grid, parts)
 
-        swept = sweep(weight_OI, factor, width, solve)
-        new_OI, pruned_OI = swept.weight_OI, swept.pruned_OI
-        notes: dict[str, Any] = {}
-        if order_I is not None:
-            back_I = order_I.argsort()
-            new_OI, pruned_OI, notes["order"] = new_OI[:, back_I], pruned_OI[:, back_I], "rose"
-        if factor.damping != self.damping or factor.float64:
-            notes |= {"damping": factor.damping, "float64": factor.float64}
-        if grid:
-            notes["grid"] = grid.notes()
-        return Edit(new_OI, pruned_OI, notes, loss=swept.loss)
+        edits = sweep(weight_OI, factor, width, solve).edits(parts)
+        for edit in edits:
+            if order_I is not None:
+                back_I = order_I.argsort()
+                edit.weight_OI, edit.pruned_OI = edit.weight_OI[:, back_I], edit.pruned_OI[:, back_I]
+                edit.notes["order"] = "rose"
+            if factor.damping != self.damping or factor.float64:
+                edit.notes |= {"damping": factor.damping, "float64": factor.float64}
+            if grid:
+                edit.notes["grid"] = grid.notes()
+        return edits
 
 
 def rose_order(weight_OI: torch.Tensor, factor: Factor, budget: Budget, width: int) -> torch.Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -52,17 +52,18 @@ class Thanos:
         factor = stats.factor(self.damping)
         norm_I = stats.square_sums_I.sqrt()
 
-        def solve(here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor) -> float:
+        def solve(
+            here: slice, current_BO: torch.Tensor, inverse_t_BB: torch.Tensor, pruned_BO: torch.Tensor
+        ) -> torch.Tensor:
             pruned_OB = masks.select(current_BO.T.abs() * norm_I[here], budget, by="matrix")
             pruned_BO.copy_(pruned_OB.T)
             # the block of the inverse of what is left of H: only these rows of U reach these columns
             inverse_BB = inverse_t_BB @ inverse_t_BB.T
             multiplier_OB = solve_subsets(inverse_BB, pruned_OB, current_BO.T.contiguous())
             current_BO.addmm_(inverse_BB, multiplier_OB.T, alpha=-1).masked_fill_(pruned_BO, 0)
-            return float(torch.sum((multiplier_OB @ inverse_t_BB).square(), dtype=torch.float64))
+            return torch.sum((multiplier_OB @ inverse_t_BB).square(), dim=1, dtype=torch.float64)
 
-        swept = sweep(matrix.weight_OI, factor, block_width(self.block, budget), solve)
-        notes: dict[str, Any] = {}
+        (edit,) = sweep(matrix.weight_OI, factor, block_width(self.block, budget), solve).edits([outputs])
         if factor.damping != self.damping or factor.float64:
-            notes = {"damping": factor.damping, "float64": factor.float64}
-        return Edit(swept.weight_OI, swept.pruned_OI, notes, loss=swept.loss)
+            edit.notes = {"damping": factor.damping, "float64": factor.float64}
+        return edit
