@@ -80,6 +80,9 @@ def test_a_gate_multiplies_what_its_unit_feeds(name: str, kind: str) -> None:
             expected.index_copy_(units.writer.input_axis, torch.tensor(columns),
                                  weight.index_select(units.writer.input_axis, torch.tensor(columns)) * factors[unit])  # fmt: skip
     assert torch.equal(gate(weight), expected)
+    assert not torch.equal(gate.train()(weight), expected)  # noise
+    gate.made.fill_(True)
+    assert torch.equal(gate(weight), expected) and float(gate.price().detach()) == 0
 
 
 def test_the_price_drives_the_open_share_to_what_is_due() -> None:

@@ -20,12 +20,14 @@ class Gate(nn.Module):
     """A factor for the input columns of a writing matrix that each of U units owns: 1 leaves a unit, 0 takes it out.
 
     In training a factor is a hard concrete variable: s = sigmoid((logit u + log_alpha) / TEMPERATURE), u uniform, stretched
-    to (LOW, HIGH) and cut to [0, 1]. Else it is sigmoid(log_alpha), stretched and cut, and 0 for all but the `open`
-    units with the highest log_alpha, as many in each stratum. `multipliers`: the two of the price.
+    to (LOW, HIGH) and cut to [0, 1]. Once the choice is `made`, and where nothing is trained, it is sigmoid(log_alpha),
+    stretched and cut, and 0 for all but the `open` units with the highest log_alpha, as many in each stratum.
+    `multipliers`: the two of the price.
     """
 
     unit_I: torch.Tensor
     open: torch.Tensor
+    made: torch.Tensor
 
     def __init__(self, units: Units, device: torch.device) -> None:
         super().__init__()
@@ -40,11 +42,13 @@ class Gate(nn.Module):
             unit_OI[owner, columns_UN.flatten()] = unit_U.repeat_interleave(columns_UN.shape[1])
         self.register_buffer("unit_I", (unit_OI if units.stacked else unit_OI[0]).to(device), persistent=False)
         self.register_buffer("open", torch.tensor(units.count))
+        self.register_buffer("made", torch.tensor(False))
         self.log_alpha = nn.Parameter(torch.full((units.count,), START, device=device))
         self.multipliers = nn.Parameter(torch.zeros(2, device=device))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        factor_I = (self.drawn() if self.training else self.settled())[self.unit_I].to(weight.dtype)
+        factor_U = self.drawn() if self.training and not self.made else self.settled().detach()
+        factor_I = factor_U[self.unit_I].to(weight.dtype)
         return weight * factor_I.unsqueeze(-1 if self._input_axis < weight.dim() - 1 else -2)
 
     def drawn(self) -> torch.Tensor:
@@ -66,7 +70,12 @@ class Gate(nn.Module):
         return (self.log_alpha - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().mean()
 
     def price(self) -> torch.Tensor:
-        """m1 g + m2 g^2 for the gap g between the open share and that which is due; the multipliers m rise with it."""
+        """m1 g + m2 g^2 for the gap g between the open share and that which is due; the multipliers m rise with it.
+
+        Nothing once the choice is made; the gradient is then zero, which processes can still add up.
+        """
+        if self.made:
+            return 0 * (self.log_alpha.sum() + self.multipliers.sum())
         gap = self.open_share() - self.open / len(self.log_alpha)
         return self.multipliers[0] * gap + self.multipliers[1] * gap.square()
 

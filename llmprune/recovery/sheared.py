@@ -25,10 +25,11 @@ class Sheared(Kind):
     """Sheared LLaMA (Xia et al. 2024, arXiv:2310.06694, section 2.1), all weights trained beside the gates.
 
     Every kv group and channel has a hard concrete gate on the columns that it feeds; multipliers of a price lead each layer
-    to the same number of open ones, which falls evenly over the share `ramp` of the steps. The numbers are those that a
-    width method takes out for `ratio`, a share of the layers' parameters; `units`: kinds that may go, as "kv-group,channel". The hidden state and the
-    depth stay as they are (the paper gates them too). `gate_rate`: of gates and multipliers, as a multiple of the
-    weights' rate. At the end the open gates go into the weights, and the others are cut out.
+    to the same number of open ones, which falls evenly over the share `ramp` of the steps; in the rest only the weights
+    move, those of the shape that was chosen. The numbers are those that a width method takes out for `ratio`, a share of
+    the layers' parameters; `units`: kinds that may go, as "kv-group,channel". The hidden state and the depth stay as they
+    are (the paper gates them too). `gate_rate`: of gates and multipliers, as a multiple of the weights' rate. At the end
+    the open gates go into the weights, and the others are cut out.
     """
 
     learning_rate: ClassVar[float] = 3e-4
@@ -86,7 +87,10 @@ class Sheared(Kind):
         for place, gate in self._gates.items():
             count, gone, strata = self._counts[place]
             gate.open.fill_(count - int(progress * gone / strata) * strata)
-        return False
+        chosen = self.settled(done, steps) and not all(gate.made for gate in self._gates.values())
+        for gate in self._gates.values():
+            gate.made.fill_(self.settled(done, steps))
+        return chosen
 
     def settled(self, done: int, steps: int) -> bool:
         return done >= self.ramp * steps
