@@ -60,9 +60,9 @@ class Sheared(Kind):
         by_name = {target.name: target for target in targets}
         places = {place: by_name[asked.units[place].writer.name] for place in counts}  # type: ignore[union-attr]
         trained = self.trainer().prepare(model, targets)
-        self._gates: dict[Any, Gate] = {}
-        for place, target in places.items():
-            (self._gates[place],) = attach([target], lambda one, units=asked.units[place]: Gate(units, one.kept.device))
+        self._gates = {place: Gate(asked.units[place], target.kept.device) for place, target in places.items()}
+        gates = {target.name: self._gates[place] for place, target in places.items()}
+        attach(list(places.values()), lambda target: gates[target.name])
         self._counts = {place: (asked.units[place].count, counts[place], asked.units[place].strata) for place in counts}
         return trained
 
