@@ -64,6 +64,16 @@ class WidthPlan:
             for one in configs:
                 add_entries(one, self.roles.path, entries)
 
+    def narrowed(self, slicing: Slicing) -> PreTrainedModel:
+        """The model without the units that `slicing` takes out, as a new one; its weights must be in memory."""
+        new = build_skeleton(self.config_of(slicing), self.model.dtype)
+        check_shapes(new, slicing)
+        state = {name: slicing.cut(name, one.data) for name, one in self.model.named_parameters()}
+        new.load_state_dict(state, strict=False, assign=True)
+        new.tie_weights()
+        found: PreTrainedModel = new.to(self.model.device)
+        return found
+
 
 def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan:
     """Check a width recipe against a model, whose weights are not read; `config`: as it was stored. Raises UserError."""

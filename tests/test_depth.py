@@ -18,12 +18,15 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, JambaConfig, PreTra
 
 import llmprune
 from llmprune.arch.discover import decoder_layers, find_units
+from llmprune.arch.sublayers import HALVES, halves
 from llmprune.checkpoint.layer_lists import edit_config
 from llmprune.engine.fold import measure
 from llmprune.engine.gradients import saliency
+from llmprune.engine.search import WHOLE, losses_without
 from llmprune.engine.similarity import turns
 from llmprune.engine.trunk import Trunk
 from llmprune.kernels.product import FastLinear
+from llmprune.methods.depth.flattengpt import disjoint
 from llmprune.methods.depth.laco import collapse, mixed
 from llmprune.methods.depth.linearpatch import hadamard
 from llmprune.types import UserError
@@ -307,6 +310,7 @@ def test_shortgpt_angular_and_keep_first_choose_by_their_rules(five: None) -> No
 def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
     remember: bool, five: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # without room, every sequence is a chunk
     monkeypatch.setattr("llmprune.engine.search.SHARE", 0.25 if remember else 0.0)
     source = tiny.save("llama", tmp_path / "dense")
     options = {"protect_first": 0, "protect_last": 0}
@@ -331,6 +335,112 @@ def test_sleb_is_the_greedy_search_and_reports_the_true_loss(
     begin = [max(one, first + 1) if remember else one for one in begin]
     runs += sum(len([layer for layer in range(one, 5) if layer != first]) for one in begin)
     assert notes["layer_runs"] == runs < notes["layer_runs_naive"] == 4 * 5 + 3 * 4
+
+
+@pytest.mark.parametrize("kind", [WHOLE, "mlp"])
+def test_losses_in_chunks_are_those_in_one_go(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 1 and of 2 of 5 batches of different lengths; no more states at once than fit."""
+    model, held = tiny.build("llama").requires_grad_(False), []
+    units, weights = find_units(model, head=False), Resident(model)
+    batches = [{"input_ids": tiny.tokens(count, 11, seed=count)} for count in (1, 2, 1, 3, 1)]
+    parts, gone = [(index, kind) for index in (0, 2)], {(1, kind)}
+    trunk = Trunk(model, units, batches, weights)
+    whole = losses_without(trunk, parts, gone)
+    enter = Trunk.enter
+    monkeypatch.setattr(Trunk, "enter", lambda self: held.append(len(self.batches)) or enter(self))
+    for size in (1, 2):
+        bytes_of_all = 8 * 11 * 32 * 4 * (len(parts) + 2)
+        monkeypatch.setattr("llmprune.engine.search._room", lambda _, room=-(-size * bytes_of_all // 5): room)
+        chunked = Trunk(model, units, batches, weights)
+        assert losses_without(chunked, parts, gone) == whole
+        assert chunked.runs == trunk.runs
+    assert held == [1, 1, 1, 1, 1, 2, 2, 1]
+
+
+def test_pairs_are_the_best_disjoint_ones() -> None:
+    scores = {index: one for index, one in enumerate([0.4, 0.1, 0.5, 0.9, 0.2, 0.3, 0.2], 1) if index != 4}
+    for count in (1, 2, 3):
+        free = [
+            one for one in itertools.combinations(scores, count) if all(b - a > 1 for a, b in itertools.pairwise(one))
+        ]
+        assert disjoint(scores, count) == min(free, key=lambda one: sum(scores[index] for index in one))
+    with pytest.raises(UserError, match="only 4 layers"):
+        disjoint(scores, 5)
+
+
+@pytest.mark.parametrize("silent", [{1: HALVES}, {2: HALVES}, {1: ["mlp"], 2: ["attention"]}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
+def test_flattened_layers_lose_nothing_that_fits(
+    name: str, silent: dict[int, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two layers have no more than one attention and one MLP that write, the flat layer is the two of them."""
+    monkeypatch.setitem(tiny.TINY, "qwen2", Qwen2Config(**tiny.MODERN, **tiny.SPECIAL, use_sliding_window=False))
+    model = tiny.build(name)
+    for index, gone in silent.items():
+        layer = model.model.layers[index]
+        for half in gone:
+            for parameter in halves(layer)[half].parameters:
+                layer.get_parameter(parameter).data.zero_()
+    model.save_pretrained(tmp_path / "dense")
+    result = llmprune.prune(
+        tmp_path / "dense", out=tmp_path / "out", method="flattengpt", drop_layers=[2], calibration=TEXT
+    )
+    assert result.report["structure"]["dropped"]["layers"] == [2]
+    ids = tiny.tokens(2, 12)
+    expected = logits(model, ids)
+    # a norm's gain is multiplied into the matrices behind it, float32
+    assert float((logits(load(tmp_path / "out"), ids) - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_what_a_flat_layer_writes_is_least_squares() -> None:
+    """The writers solve the regression of the two layers' outputs on what the flat layer has inside (LAPACK's solver)."""
+    dense, ids = tiny.build("llama"), tiny.tokens(24, 20, seed=3)
+    rows = [row.tolist() for row in ids]
+    flat = llmprune.prune(
+        tiny.build("llama"), method="flattengpt", drop_layers=[2], calibration=rows, options={"damping": 1e-7}
+    )
+    assert flat.report["structure"]["notes"]["flattened"] == [[1, 2]]
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, module: torch.nn.Module) -> None:
+        module.register_forward_hook(lambda _, args, out: seen.update({name: (args or (None,))[0], f"{name}=": out}))
+
+    for name, layer in (
+        ("one", dense.model.layers[1]),
+        ("two", dense.model.layers[2]),
+        ("flat", flat.model.model.layers[1]),
+    ):
+        watch(f"{name}", layer)
+        for half, module in (("attention", layer.self_attn.o_proj), ("mlp", layer.mlp.down_proj)):
+            watch(f"{name} {half}", module)
+    logits(dense, ids)
+    logits(flat.model, ids)
+    attended = seen["one attention="] + seen["two attention="]
+    entered = seen["one"] + seen["flat attention="]
+    left = {"attention": attended, "mlp": seen["two="] - entered}
+    for half, module in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+        x_TI, target_TO = seen[f"flat {half}"].flatten(0, 1).double(), left[half].flatten(0, 1).double()
+        best_OI = torch.linalg.lstsq(x_TI, target_TO).solution.T
+        weight_OI = flat.model.model.layers[1].get_submodule(module).weight.detach().double()
+        error, least = ((x_TI @ one.T - target_TO).square().sum() for one in (weight_OI, best_OI))
+        # float32 inputs, recorded on weights that were rounded once more
+        assert float(least) <= float(error) <= (1 + 1e-4) * float(least), half
+        assert torch.allclose(weight_OI, best_OI, atol=1e-2 * float(best_OI.abs().max())), half
+
+
+def test_flattening_is_refused_where_it_is_not_plain(five: None, tmp_path: Path) -> None:
+    for name, layers, says in (
+        ("qwen3", 1, "self_attn.k_norm.weight belongs to all heads"),
+        ("opt", 1, "one norm before each"),
+        ("gemma3", 1, "one norm before each"),
+        ("llama", 3, "only 2 layers"),
+        ("llama", [1, 2], "layer 2 would go into the one before it"),
+        ("llama", [0], "layer 0 would go"),
+    ):
+        source = tiny.save(name, tmp_path / f"{name}{layers}")
+        with pytest.raises(UserError, match=says):
+            llmprune.prune(source, out=tmp_path / "out", method="flattengpt", drop_layers=layers, calibration=TEXT)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "gpt-neox", "bloom", "gpt-oss", "deepseek-v3"])

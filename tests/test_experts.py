@@ -20,7 +20,11 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 import llmprune
 from llmprune.arch.discover import decoder_layers, expert_blocks
+from llmprune.methods.expert.alignment import best_order, channel_axes
 from llmprune.methods.expert.hc_smoe import average_linkage
+from llmprune.methods.expert.m_smoe import clusters_around
+from llmprune.methods.structural import DropExperts
+from llmprune.solvers.assignment import assign
 from llmprune.types import UserError
 
 TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
@@ -212,7 +216,7 @@ def test_subsets_are_the_best_of_all(name: str) -> None:
 
 
 def test_groups_lose_the_same_number(tmp_path: Path) -> None:
-    for method in (*METHODS, "hc-smoe"):
+    for method in (*METHODS, "hc-smoe", "m-smoe"):
         report = llmprune.prune(tiny.build("deepseek-v3"), method=method, drop_experts=0.25, calibration=TEXT).report
         for stay in report["structure"]["dropped"]["kept_experts"].values():
             assert [sum(one // 4 == group for one in stay) for group in (0, 1)] == [3, 3], method
@@ -227,10 +231,11 @@ def test_average_linkage() -> None:
     assert average_linkage(points, 5) == [[0], [1], [2], [3], [4]]
 
 
+@pytest.mark.parametrize("method", [{"method": "hc-smoe"}, {"method": "m-smoe", "options": {"align": False}}])
 @pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
-def test_merged_experts_are_averages_by_use(name: str, tmp_path: Path) -> None:
+def test_merged_experts_are_averages_by_use(name: str, method: dict[str, Any], tmp_path: Path) -> None:
     source = tiny.save(name, tmp_path / "dense")
-    result = llmprune.prune(source, out=tmp_path / "out", method="hc-smoe", drop_experts=0.5, calibration=TEXT)
+    result = llmprune.prune(source, out=tmp_path / "out", drop_experts=0.5, calibration=TEXT, **method)
     structure, dense = result.report["structure"], tiny.build(name)
     for index, block in moe_blocks(dense).items():
         used = torch.tensor(structure["figures"]["expert_tokens"][str(index)])
@@ -243,6 +248,68 @@ def test_merged_experts_are_averages_by_use(name: str, tmp_path: Path) -> None:
                 mean = sum(float(used[one]) * parameter[one] for one in cluster) / float(used[cluster].sum())
                 merged = small.experts.get_parameter(key)[kept.index(place)]
                 assert torch.allclose(merged, mean, atol=1e-6)
+
+
+def test_assignments_are_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        gain = torch.randn(6, 6, generator=generator, dtype=torch.float64).round(decimals=1)  # ties among them
+        best = max(float(gain[range(6), one].sum()) for one in itertools.permutations(range(6)))
+        found = assign(gain)
+        assert sorted(found.tolist()) == list(range(6))
+        assert math.isclose(float(gain[range(6), found].sum()), best, abs_tol=1e-12)
+    hidden = torch.randperm(200, generator=generator)
+    clear = torch.eye(200)[hidden] + 0.4 * torch.rand(200, 200, generator=generator)
+    assert torch.equal(assign(clear), hidden)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_channels_are_put_back_in_order(name: str) -> None:
+    """An expert with its channels in another order computes the same, and is brought back onto the original."""
+    block: Any = next(iter(moe_blocks(tiny.build(name)).values())).experts
+    x, axes = torch.randn(5, 32, dtype=torch.float64), channel_axes(block)
+    before = own_expert(name, block, 1, x)
+    whole = {key: one.detach().clone() for key, one in block.named_parameters()}
+    order = torch.randperm(axes["down_proj"].index_CN.shape[0], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for key, axis in axes.items():
+            block.get_parameter(key)[1] = axis.permuted(whole[key][1], order)
+            assert not torch.equal(block.get_parameter(key)[1], whole[key][1])
+    # sums over channels in another order, float64
+    assert torch.allclose(own_expert(name, block, 1, x), before, atol=1e-12)
+    shuffled, to = ({key: one[1] for key, one in values.items()} for values in (dict(block.named_parameters()), whole))
+    back = best_order(axes, shuffled, to)
+    assert torch.equal(order[back], torch.arange(len(order)))
+    assert all(torch.equal(axis.permuted(shuffled[key], back), to[key]) for key, axis in axes.items())
+
+
+def test_the_most_used_experts_gather_the_others() -> None:
+    asked = DropExperts(1, (0,), 5, 3, 1)
+    logits_TE = torch.tensor([[1.0, -1.0, 2.0, 0.1, -3.0], [0.0, 1.0, 0.1, 2.0, 2.9]], dtype=torch.float64)
+    used = torch.tensor([9.0, 7.0, 1.0, 2.0, 0.0], dtype=torch.float64)
+    # cosines to expert 0 and to expert 1: 2 (1.0, -0.67), 3 (0.05, 0.67), 4 (-0.72, 1.0)
+    assert clusters_around(logits_TE.T @ logits_TE, used, asked) == [[0, 2], [1, 3, 4]]
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_copies_in_another_order_are_merged_without_loss(name: str) -> None:
+    """All experts of a layer are one, each with its channels in another order: whatever is merged, nothing is lost."""
+    model, ids = tiny.build(name), tiny.tokens(2, 12)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in moe_blocks(model).values():
+            axes = channel_axes(block.experts)
+            for expert in range(1, 4):
+                order = torch.randperm(axes["down_proj"].index_CN.shape[0], generator=generator)
+                for key, parameter in block.experts.named_parameters():
+                    parameter[expert] = axes[key].permuted(parameter[0], order) if key in axes else parameter[0]
+    before = logits(model, ids)
+    settings: dict[str, Any] = {"drop_experts": 0.5, "calibration": TEXT, "layout": "remote-code"}
+    other = llmprune.prune(copy.deepcopy(model), method="m-smoe", options={"align": False}, **settings)
+    assert float((logits(other.model, ids) - before).abs().max()) > 1e-2
+    result = llmprune.prune(model, method="m-smoe", **settings)
+    # an average of equal numbers, and sums over channels in another order, float32
+    assert float((logits(result.model, ids) - before).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3", "gpt-oss"])

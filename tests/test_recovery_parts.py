@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate.state import AcceleratorState
 from runner import Forked, product
@@ -19,9 +20,14 @@ from transformers import AutoTokenizer
 
 import llmprune
 from llmprune import UserError
+from llmprune.arch.discover import find_units
+from llmprune.engine.rescale import rescale
+from llmprune.engine.search import run_without
+from llmprune.engine.trunk import Trunk
 from llmprune.recovery.data import IGNORED, conversation, encode, pack, read_corpus
 from llmprune.recovery.losses import divergence
 from llmprune.recovery.recipe import Data
+from llmprune.weights import Resident
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 TEMPLATE = (
@@ -163,7 +169,7 @@ def test_both_teachers_say_the_same(pruned: Path, text: Path, tmp_path: Path) ->
 
 
 def test_blockwise_lowers_the_error_of_every_layer(pruned: Path, text: Path, tmp_path: Path) -> None:
-    result = llmprune.recover(pruned, data=f"file:{text}", out=tmp_path / "out", seqlen=32, samples=16, epochs=2)
+    result = llmprune.recover(pruned, data=f"file:{text}", out=tmp_path / "out", seqlen=32, samples=16, passes=2)
     entry = result.report["recovery"][-1]
     assert all(row["after"] < row["before"] for row in entry["fits"]) and len(entry["fits"]) == 5
     before, after = (load_file(one / "model.safetensors") for one in (pruned, tmp_path / "out"))
@@ -176,6 +182,68 @@ def test_blockwise_lowers_the_error_of_every_layer(pruned: Path, text: Path, tmp
     ppl = [llmprune.evaluate(one, perplexity=spec, seqlen=64, max_windows=8)["perplexity"][spec]["ppl"]
            for one in (pruned, tmp_path / "out")]  # fmt: skip
     assert ppl[1] < ppl[0]
+
+
+@pytest.mark.parametrize("options", [{"passes": 0}, {"passes": 2, "parts": "halves"}], ids=["closed form", "halves"])
+def test_blockwise_by_other_ways(options: dict[str, Any], pruned: Path, text: Path, tmp_path: Path) -> None:
+    settings = {"data": f"file:{text}", "seqlen": 32, "samples": 16}
+    result = llmprune.recover(pruned, out=tmp_path / "out", **settings, **options)
+    fits = result.report["recovery"][-1]["fits"]
+    assert all(row["after"] < row["before"] for row in fits) and len(fits) == 5
+    before, after = (load_file(one / "model.safetensors") for one in (pruned, tmp_path / "out"))
+    for row in result.report["tensors"]:
+        assert torch.equal(after[row["name"]] == 0, before[row["name"]] == 0)
+    changed = {name.split(".", 3)[3] for name in before if not torch.equal(before[name], after[name])}
+    assert (changed == {"mlp.down_proj.weight"}) == (options["passes"] == 0)
+    with pytest.raises(UserError, match=r"training\.epochs=2.*passes"):
+        llmprune.recover(pruned, out=tmp_path / "no", epochs=2, **settings)
+    with pytest.raises(UserError, match="parts='both'"):
+        llmprune.recover(pruned, out=tmp_path / "no", parts="both", **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt-oss"])
+@torch.no_grad()
+def test_scales_and_biases_are_least_squares(name: str) -> None:
+    """Each output channel by itself, by LAPACK in float64; no other scale or bias does better."""
+    model = tiny.build(name)
+    units = find_units(model, head=False)
+    unit = units[0]
+    batches = [{"input_ids": tiny.tokens(2, 20, seed=seed)} for seed in range(2)]
+    trunk = Trunk(model, units, batches, Resident(model))
+    states = trunk.enter()
+    targets = trunk.run(0, states)
+    for parameter in unit.module.parameters():
+        if parameter.dim() > 1:
+            parameter.masked_fill_(parameter.abs() < parameter.abs().median(), 0)
+    calls = [(trunk.call(0, number, state), trunk.apply(0, number, state)) for number, state in enumerate(states)]
+    storage = dict.fromkeys(dict(unit.module.named_parameters()), torch.float32)
+    values, before, after = rescale(unit, storage, calls, targets)
+    base = torch.cat([one.flatten(0, 1) for one in run_without(trunk, 0, states, {(0, "mlp")})]).double()
+    now, target = (
+        torch.cat([one.flatten(0, 1) for one in some]).double() for some in ([one for _, one in calls], targets)
+    )
+    biased = name in ("opt", "gpt2")
+    least = 0.0
+    zeros = {key: unit.module.get_parameter(key) == 0 for key in values}
+    for m_T, r_T in zip((now - base).T, (target - base).T, strict=True):
+        design_TP = torch.stack([m_T, torch.ones_like(m_T)] if biased else [m_T], 1)
+        found = torch.linalg.lstsq(design_TP, r_T).solution
+        least += float((design_TP @ found - r_T).square().sum())
+    # float32 forwards
+    assert after == pytest.approx(least / float(target.square().sum()), rel=1e-4) and after < before
+    assert all(torch.equal(values[key] == 0, zero) for key, zero in zeros.items() if values[key].dim() > 1)
+    # an error that cannot fall leaves everything as it is
+    again, same, _ = rescale(unit, storage, calls, [now for _, now in calls])
+    assert again == {} and same == 0
+
+
+def test_masks_chosen_in_training_need_whole_matrices(pruned: Path, text: Path, tmp_path: Path) -> None:
+    for how in ("gradual", "movement"):
+        with pytest.raises(UserError, match=f"'{how}' needs every matrix whole.*leave it off"):
+            llmprune.recover(
+                DEMO, how=how, data=f"file:{text}", out=tmp_path / "out", sparsity=0.5, **{"training.shard": True}
+            )
+    assert not (tmp_path / "out").exists()
 
 
 def test_blockwise_never_raises_an_error(text: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def recover(
     how: Annotated[
         str | None,
         typer.Option(
-            help="blockwise, finetune, distill, lora, masked, spp, merge-then-mask, gradual, movement, or a preset."
+            help="blockwise, finetune, distill, lora, masked, spp, merge-then-mask, gradual, movement, sheared, "
+            "compresso, or a preset."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="SPEC of a text, or of conversations and instructions.")] = None,

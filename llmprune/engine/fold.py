@@ -84,7 +84,7 @@ def folded(trunk: Trunk, index: int, map_DD: torch.Tensor) -> dict[str, torch.Te
     with trunk.loaded(index):
         for short in halves(unit.module)[MLP].parameters:
             value = unit.module.get_parameter(short)
-            found[unit.prefix + short] = _times(value.double(), map_DD, _output_axis(unit, short, len(map_DD)))
+            found[unit.prefix + short] = _times(value.double(), map_DD, output_axis(unit, short, len(map_DD)))
     return {name: value.float() for name, value in found.items()}
 
 
@@ -92,7 +92,7 @@ def _times(value: torch.Tensor, map_DD: torch.Tensor, axis: int) -> torch.Tensor
     return (value.movedim(axis, -1) @ map_DD).movedim(-1, axis).contiguous()
 
 
-def _output_axis(unit: Unit, short: str, width: int) -> int:
+def output_axis(unit: Unit, short: str, width: int) -> int:
     """Along which axis of a parameter the outputs lie."""
     shape = unit.module.get_parameter(short).shape
     if short.endswith("bias") or len(shape) == 1:

@@ -32,7 +32,7 @@ def reconstruct(
 ) -> tuple[dict[str, torch.Tensor], float, float]:
     """Weights that bring the outputs of `module` on `calls` closer to `targets`, with the same zeros.
 
-    `parameters`: values to start from, by name in the module; `kept`: bool masks of the same shapes; `storage`: dtypes
+    `parameters`: values to start from, by name in the module, of all that may change; `kept`: bool masks of the same shapes; `storage`: dtypes
     in which they will be stored; `calls`: arguments and present output of each batch of `share`. Adam on the squared
     error, one batch a step, `epochs` times through all batches in an order drawn from `seed`; the step length rises over
     the first steps and falls along a half cosine. Every process of the share adds its part of the gradient. Needs one
@@ -41,9 +41,7 @@ def reconstruct(
     before and after; if that did not fall, the weights are those given.
     """
     energy = share.add_up(float(one.float().square().sum()) for one in targets)
-    before = (
-        share.add_up(float(_squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
-    )
+    before = share.add_up(float(squared(now, target)) for (_, now), target in zip(calls, targets, strict=True)) / energy
     start = {name: one.detach().float() for name, one in parameters.items()}
     values = {name: one.clone().requires_grad_() for name, one in start.items()}
     rates = {name: RATE * float(one[kept[name]].square().mean().sqrt()) for name, one in start.items()}
@@ -62,7 +60,7 @@ def reconstruct(
         if number in mine:
             call, target = calls[mine[number]][0], targets[mine[number]]
             with torch.enable_grad():
-                loss = _squared(_output(module, values, call), target) / energy
+                loss = squared(output_of(module, values, call), target) / energy
                 loss.backward()  # type: ignore[no-untyped-call]
         # a parameter that no process used in this step (an unseen expert) takes no step
         used = torch.tensor([one.grad is not None for one in values.values()], dtype=torch.int32)
@@ -77,8 +75,8 @@ def reconstruct(
         shape.step()
     found = {name: one.detach().to(storage[name]).masked_fill(~kept[name], 0).float() for name, one in values.items()}
     with torch.no_grad():
-        fitted = (_output(module, found, call) for call, _ in calls)
-        after = share.add_up(float(_squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
+        fitted = (output_of(module, found, call) for call, _ in calls)
+        after = share.add_up(float(squared(now, target)) for now, target in zip(fitted, targets, strict=True)) / energy
     return (found, before, after) if after < before else (start, before, before)
 
 
@@ -86,12 +84,14 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
 
 
-def _output(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+def output_of(module: nn.Module, values: dict[str, torch.Tensor], call: Call) -> torch.Tensor:
+    """What a layer puts out with other values of some of its parameters."""
     args, kwargs = call
     dtypes = dict(module.named_parameters())
     cast = {name: one.to(dtypes[name].dtype) for name, one in values.items()}
     return first_tensor(functional_call(module, cast, args, kwargs))
 
 
-def _squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def squared(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The squared distance of two tensors, summed in float32."""
     return (output.float() - target.float()).square().sum()

@@ -2,12 +2,14 @@
 
 All variants go through the layers together: while a layer's weights are loaded, the model itself and
 every variant that lacks an earlier part run through it. A variant begins where it differs from the
-model, so the layers before are never run again; one round reads the weights once.
+model, so the layers before are never run again; one round reads the weights once, or once for every chunk of the
+text where the activations of all variants do not fit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +35,7 @@ class Found:
 
 # The states of a variant (None: the model itself) on entering each layer.
 Paths = dict[Part | None, dict[int, States]]
-# The share of the free memory that the states of one round may take to be kept for the next.
+# The share of the free memory that the states of all variants may take, those kept for the next round included.
 SHARE = 0.25
 
 
@@ -45,7 +47,8 @@ def greedy(trunk: Trunk, parts: Sequence[Part], count: int) -> Found:
     """
     found = Found()
     gone: set[Part] = set()
-    paths: Paths | None = {} if _fits(trunk, len(parts)) else None
+    # a variant has states from the layer on where it begins: half of all layers on average
+    paths: Paths | None = {} if _bytes(trunk, len(parts)) * trunk.depth // 2 <= _room(trunk) else None
     for _ in range(count):
         left = [part for part in parts if part not in gone]
         losses, whole = losses_without(trunk, left, gone, paths, found.removed[-1][0] if paths else 0)
@@ -63,9 +66,27 @@ def losses_without(
 ) -> tuple[dict[Part, float], float]:
     """The loss of the model that lacks `gone`, without each of `parts` besides, and with all of them.
 
-    Holds one layer and the activations of as many variants as there are parts. `paths` receives the states on the
-    way; where it has those on entering layer `start` already, all begin there.
+    Holds one layer and the activations of as many variants as there are parts, for as many batches at a time as fit
+    into memory; the layers are then loaded once for every such chunk. `paths` receives the states on the way, for all batches;
+    where it has those on entering layer `start` already, all begin there.
     """
+    size = max(1, len(trunk.batches) * _room(trunk) // _bytes(trunk, len(parts)))
+    chunks = [trunk] if paths is not None or size >= len(trunk.batches) else trunk.split(size)
+    losses: dict[Part | None, list[float]] = {}
+    for chunk in chunks:
+        for part, states in _variants(chunk, parts, gone, paths, start).items():
+            losses.setdefault(part, []).extend(chunk.losses(states))
+    # together the chunks ran each layer on all batches as often as each of them on its own
+    trunk.runs += chunks[0].runs if chunks[0] is not trunk else 0
+    # exact sums, which do not depend on the chunks
+    means = {part: math.fsum(one) / trunk.scored() for part, one in losses.items()}
+    return {part: means[part] for part in parts}, means[None]
+
+
+def _variants(
+    trunk: Trunk, parts: Sequence[Part], gone: set[Part], paths: Paths | None, start: int
+) -> dict[Part | None, States]:
+    """What leaves the last layer of the model (None), and of each variant that lacks one part more."""
     before = paths[None][start] if paths else trunk.enter()
     variants: dict[Part | None, States] = {None: before}
     if paths:
@@ -87,27 +108,29 @@ def losses_without(
             for one, states in variants.items():
                 variants[one] = run_without(trunk, index, states, gone)
             variants.update(fresh)
-    return {part: trunk.loss(variants[part]) for part in parts}, trunk.loss(variants[None])
+    return variants
 
 
-def _fits(trunk: Trunk, variants: int) -> bool:
-    """Whether the states of all variants at all layers may be kept."""
-    config = trunk.model.config.get_text_config()
+def _bytes(trunk: Trunk, variants: int) -> int:
+    """What the states of the model and all variants take at one layer, entering and leaving it."""
     tokens = sum(batch["input_ids"].numel() for batch in trunk.batches)
-    # a variant has states from the layer on where it begins: half of all layers on average
-    bytes_needed: int = tokens * config.hidden_size * trunk.model.dtype.itemsize * (variants + 2) * trunk.depth // 2
-    device = trunk.batches[0]["input_ids"].device
-    free = unused(device)
-    return bytes_needed <= SHARE * free
+    width: int = trunk.model.config.get_text_config().hidden_size
+    found: int = tokens * width * trunk.model.dtype.itemsize * (variants + 2)
+    return found
 
 
-def run_without(trunk: Trunk, index: int, states: States, gone: set[Part]) -> States:
-    """Layer `index` without those of its parts that are gone."""
+def _room(trunk: Trunk) -> int:
+    """The bytes that states may take."""
+    return int(SHARE * unused(trunk.batches[0]["input_ids"].device))
+
+
+def run_without(trunk: Trunk, index: int, states: States, gone: set[Part], *, batches: range | None = None) -> States:
+    """Layer `index`, on all (or some) batches, without those of its parts that are gone."""
     missing = _skipped(index, gone)
     if missing == set(HALVES):
         return states
     with _silent(trunk, index, missing):
-        return trunk.run(index, states)
+        return trunk.run(index, states, batches=batches)
 
 
 def check_halves(trunk: Trunk) -> None:

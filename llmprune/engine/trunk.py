@@ -68,6 +68,11 @@ class Trunk:
         ]
         return Trunk(self.model, self.units, batches, self._weights)
 
+    def split(self, size: int) -> list[Trunk]:
+        """The same model on `size` batches after another."""
+        some = (self.batches[start : start + size] for start in range(0, len(self.batches), size))
+        return [Trunk(self.model, self.units, batches, self._weights) for batches in some]
+
     def enter(self) -> States:
         """What enters the first layer, for every batch."""
         self._calls = []
@@ -132,14 +137,16 @@ class Trunk:
             logits: torch.Tensor = self.model(**self.batches[batch], use_cache=False).logits
         return logits
 
-    def loss(self, states: States) -> float:
-        """Mean negative log likelihood of the next token, all tokens of all batches weighing the same."""
-        total, count = 0.0, 0
-        for number, state in enumerate(states):
-            nll = token_losses(self.logits(number, state), self.batches[number]["input_ids"])
-            total += float(nll.double().sum())
-            count += nll.numel()
-        return total / count
+    def losses(self, states: States) -> list[float]:
+        """The negative log likelihood of the next token, summed over the tokens of each batch."""
+        return [
+            float(token_losses(self.logits(number, state), self.batches[number]["input_ids"]).double().sum())
+            for number, state in enumerate(states)
+        ]
+
+    def scored(self) -> int:
+        """How many tokens have a loss: all but the first of every sequence."""
+        return sum(batch["input_ids"][:, 1:].numel() for batch in self.batches)
 
     def _called(self, number: int, *, probe: bool) -> list[Call]:
         """The arguments of every layer, for one batch."""

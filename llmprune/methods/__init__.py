@@ -53,6 +53,7 @@ METHODS = {
     "thinet": "llmprune.methods.width.thinet:ThiNet",
     "k-prune": "llmprune.methods.width.k_prune:KPrune",
     "llm-surgeon-structured": "llmprune.methods.width.llm_surgeon:LLMSurgeonStructured",
+    "flattengpt": "llmprune.methods.depth.flattengpt:FlattenGPT",
     "random-units": "llmprune.methods.width.random_units:RandomUnits",
     "reap": "llmprune.methods.expert.reap:REAP",
     "expert-frequency": "llmprune.methods.expert.frequency:ExpertFrequency",
@@ -61,6 +62,7 @@ METHODS = {
     "modegpt": "llmprune.methods.width.modegpt:MoDeGPT",
     "slicegpt": "llmprune.methods.width.slicegpt:SliceGPT",
     "hc-smoe": "llmprune.methods.expert.hc_smoe:HCSMoE",
+    "m-smoe": "llmprune.methods.expert.m_smoe:MSMoE",
 }
 
 

@@ -17,6 +17,8 @@ KINDS = {
     "spp": "llmprune.recovery.spp:Spp",
     "gradual": "llmprune.recovery.gradual:Gradual",
     "movement": "llmprune.recovery.movement:Movement",
+    "sheared": "llmprune.recovery.sheared:Sheared",
+    "compresso": "llmprune.recovery.sheared:Compresso",
 }
 
 # Named settings: recipe keys that hold where the user leaves them open.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmprune.arch.discover import Unit, find_units
+from llmprune.arch.sublayers import attends
 from llmprune.calibration import check_vocabulary, load_tokenizer, longest
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
@@ -19,7 +20,8 @@ from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
-from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.reconstruct import output_of, reconstruct
+from llmprune.engine.rescale import rescale
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.job import versions
@@ -29,19 +31,32 @@ from llmprune.methods import make_options
 from llmprune.progress import Reporter
 from llmprune.recovery.data import Sequences, read_corpus
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
-from llmprune.recovery.recipe import Recovery
+from llmprune.recovery.recipe import Recovery, Training
 from llmprune.result import Result
 from llmprune.statistics import Stats
 from llmprune.types import UserError
 from llmprune.weights import REST, Streamed
 
+PARTS = ("layer", "halves")
+
 
 @dataclass
 class Options:
-    """`samples`: sequences of the text that are used, drawn by the seed. `epochs`: times that a layer sees them."""
+    """`samples`: sequences of the text that are used, drawn by the seed. `passes`: times that a layer sees them.
+
+    `parts`: a "layer" at once, or its "halves" apart: first the attention, then the rest, each towards the layer's dense
+    output, with optimizer states for one of them at a time. `passes` 0 fits only scales and biases, in closed form.
+    """
 
     samples: int = 128
-    epochs: int = 5
+    passes: int = 5
+    parts: str = "layer"
+
+    def __post_init__(self) -> None:
+        if self.parts not in PARTS:
+            raise UserError(f"parts={self.parts!r} of kind 'blockwise' must be one of {', '.join(PARTS)}")
+        if self.passes < 0 or self.samples < 1:
+            raise UserError(f"passes={self.passes} must be at least 0, and samples={self.samples} at least 1")
 
 
 class Blockwise:
@@ -54,6 +69,11 @@ class Blockwise:
     def __init__(self, recipe: Recovery, out: Path) -> None:
         self.recipe, self.started = recipe, time.perf_counter()
         self.options: Options = make_options(Options, recipe.options, "kind 'blockwise'", seed=recipe.seed)
+        for key, value in recipe.training.model_dump(exclude={"micro_batch"}).items():
+            if value != Training.model_fields[key].default:
+                raise UserError(
+                    f"training.{key}={value} has no meaning for 'blockwise', which has options passes and samples"
+                )
         self.folder = resolve(recipe.model)
         self.history = read_history(self.folder)
         self.checkpoint = Checkpoint(self.folder)
@@ -86,7 +106,7 @@ class Blockwise:
             weights = self._weights(output)
             if REST not in weights.done():
                 weights.commit_rest()
-            work = _Refit(self.units, weights, self.options.epochs, self.recipe.seed, reporter)
+            work = _Refit(self.units, weights, self.options, self.recipe.seed, reporter)
             size = self.recipe.training.micro_batch
             batches = [{"input_ids": one.to(self.device)} for one in self.text.ids_NT.split(size)]
             with torch.no_grad(), weights.on_demand(), FastLinear():
@@ -155,8 +175,8 @@ class _Refit:
     all_experts = False
     reconstructs = True
 
-    def __init__(self, units: list[Unit], weights: Streamed, epochs: int, seed: int, reporter: Reporter) -> None:
-        self._weights, self._epochs, self._seed, self._reporter = weights, epochs, seed, reporter
+    def __init__(self, units: list[Unit], weights: Streamed, options: Options, seed: int, reporter: Reporter) -> None:
+        self._weights, self._options, self._seed, self._reporter = weights, options, seed, reporter
         self._open = {unit.name for unit in units} - weights.done()
         self._fit: dict[str, float] = {}
 
@@ -175,27 +195,45 @@ class _Refit:
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         if unit.name not in self._open:
             return False
-        parameters = dict(unit.module.named_parameters())
-        matrices = {spec.parameter.removeprefix(unit.prefix) for spec in unit.matrices}
-        # a zero elsewhere, as in a bias, is a value like any other
-        kept = {name: (one != 0) | (name not in matrices) for name, one in parameters.items()}
-        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
-        found, before, after = reconstruct(
-            unit.module,
-            parameters,
-            kept,
-            storage,
-            calls,
-            targets,
-            epochs=self._epochs,
-            seed=self._seed,
-            share=Share.alone(calls),
-        )
-        for name, one in parameters.items():
-            one.copy_(found[name])
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name, _ in unit.module.named_parameters()}
+        if self._options.passes == 0:
+            found, before, after = rescale(unit, storage, calls, targets)
+            _put(unit, found)
+        else:
+            before, after = self._by_gradient(unit, storage, calls, targets)
         self._fit = {"before": before, "after": after}
         self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
         return True
+
+    def _by_gradient(
+        self,
+        unit: Unit,
+        storage: dict[str, torch.dtype],
+        calls: list[tuple[Call, torch.Tensor]],
+        targets: list[torch.Tensor],
+    ) -> tuple[float, float]:
+        """Fit the parts of a layer one after the other; its error before and after."""
+        matrices = {spec.parameter.removeprefix(unit.prefix) for spec in unit.matrices}
+        errors: list[float] = []
+        for names in _parts(unit, self._options.parts):
+            parameters = {name: unit.module.get_parameter(name) for name in names}
+            # a zero elsewhere, as in a bias, is a value like any other
+            kept = {name: (one != 0) | (name not in matrices) for name, one in parameters.items()}
+            found, before, after = reconstruct(
+                unit.module,
+                parameters,
+                kept,
+                storage,
+                calls,
+                targets,
+                epochs=self._options.passes,
+                seed=self._seed,
+                share=Share.alone(calls),
+            )
+            _put(unit, found)
+            calls = [(call, output_of(unit.module, {}, call)) for call, _ in calls]
+            errors += [before, after]
+        return errors[0], errors[-1]
 
     def finish(self, unit: Unit) -> None:
         if unit.name in self._open:
@@ -207,3 +245,16 @@ class _Refit:
 
     def complete(self) -> bool:
         return not self._open
+
+
+def _parts(unit: Unit, parts: str) -> list[list[str]]:
+    """The names of the parameters that are fitted together, in order."""
+    names = [name for name, _ in unit.module.named_parameters()]
+    if parts == "layer":
+        return [names]
+    return [[name for name in names if attends(name) == attention] for attention in (True, False)]
+
+
+def _put(unit: Unit, values: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        unit.module.get_parameter(name).copy_(value)

@@ -36,6 +36,7 @@ class Amount(Kind):
     """Kinds that prune as they train: how much in the end, and when the last weight is chosen."""
 
     keeps_zeros: ClassVar[bool] = False
+    shards: ClassVar[bool] = False  # masks are chosen on whole matrices
 
     sparsity: float = 0.0
     pattern: str = "unstructured"

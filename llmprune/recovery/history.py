@@ -60,10 +60,12 @@ def parent_of(report: dict[str, Any]) -> str:
     return model
 
 
-def with_recovery(report: dict[str, Any], entry: dict[str, Any], zeros: dict[str, Zeros] | None) -> dict[str, Any]:
+def with_recovery(
+    report: dict[str, Any], entry: dict[str, Any], zeros: dict[str, Zeros] | None, params: int | None = None
+) -> dict[str, Any]:
     """The report of a recovered model: that of the pruned one, with `entry` after the recoveries before it.
 
-    `zeros`: shape and zeros of every matrix, where they are not those of before. What was measured of the pruned
+    `zeros`: shape and zeros of every matrix, `params`: of the model, where they are not those of before. What was measured of the pruned
     model is kept in the entry, since it no longer holds.
     """
     kept = {key: value for key, value in report.items() if key not in ("fingerprint", "evaluation")}
@@ -73,6 +75,8 @@ def with_recovery(report: dict[str, Any], entry: dict[str, Any], zeros: dict[str
         rows = (Outcome(name, shape, count, count, None, "weight", None) for name, (shape, count) in zeros.items())
         found["tensors"] = [dataclasses.asdict(row) for row in rows]
         found["totals"] = {**report["totals"], "zeros": sum(count for _, count in zeros.values())}
+    if params is not None:
+        found["totals"] = {**found["totals"], "params_after": params}
     return found
 
 

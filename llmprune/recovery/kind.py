@@ -9,19 +9,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.checkpoint.slicing import Slicing
 from llmprune.recovery.zeros import Target, detach
+from llmprune.width_plan import WidthPlan
 
 
 class Kind:
     """How a model's weights are made trainable, and made plain again.
 
     `learning_rate`: its usual one. `trains_base`: whether the stored weights themselves move, which must then be held
-    in float32. `keeps_zeros`: whether the zeros found at the start are those of the end.
+    in float32. `keeps_zeros`: whether the zeros found at the start are those of the end. `shards`: whether the weights may
+    be spread over processes while it trains them.
     """
 
     learning_rate: ClassVar[float]
     trains_base: ClassVar[bool] = True
     keeps_zeros: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     def check(self, targets: list[Target]) -> None:
         """Whether a model with these matrices can be recovered so; raises UserError."""
@@ -53,6 +57,10 @@ class Kind:
     def save_adapter(self, folder: Path) -> None:
         """Write what was trained in PEFT's format."""
         raise NotImplementedError
+
+    def cut(self) -> tuple[WidthPlan, Slicing] | None:
+        """After `merge`: what of the model's width is to go; None if it keeps its shape."""
+        return None
 
     def merge(self, targets: list[Target]) -> None:
         """Make the model a plain one again, with its new weights in place."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from llmprune.recovery.zeros import Target, count_zeros, find_targets, put_back
 from llmprune.result import Result
 from llmprune.types import UserError
 
-# In the scratch folder: the record of a finished training, whose weights are written.
+# In the scratch folder: the record of a finished training, whose weights are written, and its configuration if that is new.
 TRAINED = "trained.json"
+SHAPE = "shape"
 
 
 @dataclass
@@ -62,6 +64,11 @@ class TrainingRun:
         self.history = read_history(self.folder)
         self.checkpoint = Checkpoint(self.folder)
         self.config = load_config(str(self.folder), trust_remote_code=recipe.trust_remote_code)
+        if recipe.training.shard and not kind.shards:
+            raise UserError(
+                f"{recipe.how!r} needs every matrix whole to choose what goes, which training.shard=true spreads over "
+                "processes: leave it off (processes still share each step), or prune first and then recover with finetune"
+            )
         tokenizer = load_tokenizer(self.folder, recipe.trust_remote_code)
         self.corpus = read_corpus(recipe.data, tokenizer, min(recipe.data.seqlen, longest(self.config)))
         largest = max(int(one.ids_NT.max()) for one in (self.corpus.train, self.corpus.held_out))
@@ -99,14 +106,13 @@ class TrainingRun:
         first = self.processes.is_main_process
         expected = None
         if not (self.output.scratch / TRAINED).exists():
-            entry = self._train(reporter)
-            plain = self.student.plain
+            entry, result = self._train(reporter)
+            plain, cut = self.student.plain, self.kind.cut()
             # logits of other dtypes and devices differ by more than a wrong weight would show
-            expected = plain if plain.dtype == torch.float32 else None
+            expected = result if plain.dtype == torch.float32 else None
             if first:
-                write_weights(
-                    self.output, plain, Routing(plain, self.checkpoint), self.checkpoint, self.student.targets
-                )
+                routing, edit = Routing(plain, self.checkpoint), cut[1].cut if cut else None
+                write_weights(self.output, plain, routing, self.checkpoint, self.student.targets, edit)
                 (self.output.scratch / TRAINED).write_text(json.dumps(entry))
         if first:
             self._finish(expected, memory)
@@ -193,8 +199,8 @@ class TrainingRun:
             reporter,
         )
 
-    def _train(self, reporter: Reporter) -> dict[str, Any]:
-        """Train and merge; what the report says about it."""
+    def _train(self, reporter: Reporter) -> tuple[dict[str, Any], PreTrainedModel]:
+        """Train and merge; what the report says about it, and the model that comes out."""
         recipe, corpus = self.recipe, self.corpus
         if self.processes.is_main_process:
             self.output.scratch.mkdir(exist_ok=True)
@@ -212,6 +218,7 @@ class TrainingRun:
         self.kind.merge(targets)
         put_back(plain, targets)
         round_to_storage(plain, Routing(plain, self.checkpoint), self.checkpoint)
+        result = self._narrowed(plain)
         by_step = {one["step"]: one["perplexity"] for one in state.curve}
         return {
             "recipe": recipe.model_dump(mode="json"),
@@ -234,24 +241,39 @@ class TrainingRun:
             "held_out": {
                 "before": by_step[0],
                 "trained": by_step[state.best_step],
-                "stored": trainer.held_out(plain),
+                "stored": trainer.held_out(result),
             },
-            "zeros": None if self.kind.keeps_zeros else count_zeros(plain, targets),
-        }
+            "params": None if result is plain else sum(one.numel() for one in result.parameters()),
+            "zeros": None if self.kind.keeps_zeros else count_zeros(result, find_targets(result)),
+        }, result
+
+    def _narrowed(self, plain: PreTrainedModel) -> PreTrainedModel:
+        """The merged model, without the units that its kind leaves out; a new configuration goes to the scratch folder."""
+        cut = self.kind.cut()
+        if cut is None:
+            return plain
+        plan, slicing = replace(cut[0], config=self.config), cut[1]
+        plan.config_of(slicing).save_pretrained(self.output.scratch / SHAPE)
+        return plan.narrowed(slicing)
 
     def _finish(self, model: PreTrainedModel | None, memory: PeakMemory) -> None:
         """Complete the folder; `model` is what it must hold, if it is still in memory."""
         entry = json.loads((self.output.scratch / TRAINED).read_text())
-        zeros = entry.pop("zeros")
+        zeros, params = entry.pop("zeros"), entry.pop("params")
         trust = self.recipe.trust_remote_code
 
         def describe(folder: Path) -> dict[str, Any]:
             expected = None if model is None else lambda ids: logits(model, ids)
             verified = verify(folder, expected, self.unused, dtype=torch.float32, trust_remote_code=trust)
             run = run_record(memory, self.started, self.processes.device, self.processes.num_processes)
-            return {**with_recovery(self.history, {**entry, "run": run}, zeros), "verified": verified}
+            return {**with_recovery(self.history, {**entry, "run": run}, zeros, params), "verified": verified}
 
-        self.output.finish(lambda folder: copy_companions(self.folder, folder, code=trust), describe)
+        def add_files(folder: Path) -> None:
+            copy_companions(self.folder, folder, code=trust)
+            if (self.output.scratch / SHAPE).is_dir():
+                shutil.copy(self.output.scratch / SHAPE / "config.json", folder)
+
+        self.output.finish(add_files, describe)
 
 
 def start_processes(device: str) -> Accelerator:

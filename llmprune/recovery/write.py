@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -23,19 +25,26 @@ def round_to_storage(model: PreTrainedModel, routing: Routing, checkpoint: Check
 
 
 def write_weights(
-    output: Output, model: PreTrainedModel, routing: Routing, checkpoint: Checkpoint, targets: list[Target]
+    output: Output,
+    model: PreTrainedModel,
+    routing: Routing,
+    checkpoint: Checkpoint,
+    targets: list[Target],
+    edit: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Write every tensor of the checkpoint with the model's values, a file a decoder layer and one for the rest.
+
+    `edit(name, value)`: what is stored in place of a parameter's value; it may have another shape.
 
     Raises RunError for a value that is no finite number, and for a weight of a target that is zero in the
     checkpoint and would not be any more.
     """
     path, layers = decoder_layers(model)
-    tensors = routing.store("") | {key: checkpoint.tensor(key) for key in routing.unused}
+    tensors = routing.store("", edit) | {key: checkpoint.tensor(key) for key in routing.unused}
     parts = {f"layer {index}": routing.keys_under(f"{path}.{index}.") for index in range(len(layers))}
     inside = {key for keys in parts.values() for key in keys}
     parts = {"rest": [key for key in tensors if key not in inside], **parts}
-    matrices = {key for target in targets for key in routing.group_of(target.name).keys}
+    matrices = {key for target in targets for key in routing.group_of(target.name).keys} if edit is None else set()
     for place, (name, keys) in enumerate(parts.items(), 1):
         stored = {key: _as_stored(key, tensors[key], checkpoint, key in matrices) for key in keys}
         output.write(name, (place, len(parts)), stored, {})

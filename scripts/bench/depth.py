@@ -42,11 +42,12 @@ DEPTH: dict[str, dict[str, Any]] = {
     "replaceme": {},
     "linearpatch": {},
     "llm-streamline": {},
+    "flattengpt": {},
     "blockpruner": {},
     "llm-drop": {},
     "llm-drop joint": {"half": "joint"},
 }
-EXPERTS = ("reap", "expert-frequency", "expert-norm", "expert-subset", "hc-smoe")
+EXPERTS = ("reap", "expert-frequency", "expert-norm", "expert-subset", "hc-smoe", "m-smoe")
 PAIRS = 300
 
 
@@ -108,7 +109,10 @@ def run_model(name: str, only: list[str], found: dict[str, Any]) -> dict[str, An
         return found
     for label, options in [one for one in DEPTH.items() if not only or one[0] in only]:
         for count in (1, 2, 3):
-            found[f"{label} {count}"] = pruned(model, text, label.split()[0], drop_layers=count, options=options)
+            try:
+                found[f"{label} {count}"] = pruned(model, text, label.split()[0], drop_layers=count, options=options)
+            except llmprune.UserError as error:
+                print(f"{name}, {label} {count}: {error}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 Calibration: 32 sequences of 256 tokens of the model's own calibration text, seed 0. Perplexity: the first 60 windows of
 256 tokens of its evaluation text, float32. Width methods take out a share of the layers' parameters; `llm-drop` leaves
-out halves of layers, `hc-smoe` merges experts.
+out halves of layers, `hc-smoe` and `m-smoe` merge experts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ HALVES: list[tuple[str, str, dict[str, Any]]] = [
     for layout in (PLAIN, CODE)
 ]
 EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
-    (f"hc-smoe {share:.0%}", layout, {"method": "hc-smoe", "drop_experts": share})
+    (f"{method} {share:.0%}", layout, {"method": method, "drop_experts": share})
+    for method in ("hc-smoe", "m-smoe")
     for share in (0.25, 0.5)
     for layout in (PLAIN, CODE)
 ]

@@ -1,8 +1,9 @@
 """What each kind of recovery wins back, and what it costs: model x amount x kind.
 
 Pruning: 64 x 256 tokens of the model's calibration text, seed 0. Recovery: the same text, its last 15 % held out for the
-choice of the best weights. The evaluation text is read only at the end, in windows of 256 tokens, float32. A figure that
-an earlier run of this script recorded is kept, so that long records can be made in several sittings; --again measures anew.
+choice of the best weights. The evaluation text is read only at the end, in windows of 256 tokens, float32; BLiMP: the 300
+pairs of `depth.py`. A figure that an earlier run of this script recorded is kept, so that long records can be made in
+several sittings of --cells figures each; --again measures anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import record
+from depth import blimp
 from quality import MODELS, perplexity
 
 import llmprune
@@ -25,14 +27,19 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "wanda 70 %": {"method": "wanda", "sparsity": 0.7},
     "depth 1 of 6": {"method": "shortgpt", "drop_layers": 1},
     "depth 2 of 6": {"method": "shortgpt", "drop_layers": 2},
+    "width 25 %": {"method": "group-obs", "ratio": 0.25},
 }
+# Kinds that make the dense model narrower themselves, as much as the amount says.
+LEARNED = ("sheared", "compresso")
 # What Wanda's masks are set beside: the solver that moves the weights it keeps.
 REFERENCES = {"wanda 50 %": "sparsegpt", "wanda 2:4": "sparsegpt", "wanda 70 %": "sparsegpt"}
 SPARSE = ("blockwise", "distill", "finetune", "masked", "spp", "merge-then-mask")
 # The peak rates: ten times what suits large models, since these have 3 M weights; none was searched for.
-RATES = {"finetune": 1e-3, "distill": 1e-3, "masked": 3e-3, "merge-then-mask": 3e-3, "lora": 3e-3, "spp": 1e-2}
+RATES = {"finetune": 1e-3, "distill": 1e-3, "masked": 3e-3, "merge-then-mask": 3e-3, "lora": 3e-3, "spp": 1e-2,
+         "sheared": 1e-3, "compresso": 3e-3}  # fmt: skip
 KINDS = {**dict.fromkeys(("wanda 50 %", "wanda 2:4", "wanda 70 %"), SPARSE),
-         **dict.fromkeys(("depth 1 of 6", "depth 2 of 6"), ("lora", "distill", "finetune"))}  # fmt: skip
+         **dict.fromkeys(("depth 1 of 6", "depth 2 of 6"), ("lora", "distill", "finetune")),
+         "width 25 %": ("lora", "distill", "finetune", *LEARNED)}  # fmt: skip
 
 
 def main() -> None:
@@ -41,15 +48,22 @@ def main() -> None:
     parser.add_argument("--amounts", nargs="*", default=list(AMOUNTS))
     parser.add_argument("--kinds", nargs="*", default=None)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--cells", type=int, default=None, help="stop after so many new figures")
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     path = record.FOLDER / "recover.json"
     results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() and not arguments.again else {}
-    for amount in arguments.amounts:
-        for name in arguments.models:
-            for kind in arguments.kinds or KINDS[amount]:
-                measure(results, name, amount, kind, arguments.steps)
-                save(results)
+    cells = [
+        (name, amount, kind)
+        for amount in arguments.amounts
+        for name in arguments.models
+        for kind in arguments.kinds or KINDS[amount]
+        if kind not in results.get(name, {}).get(amount, {}).get("kinds", {})
+    ]
+    for number, (name, amount, kind) in enumerate(cells[: arguments.cells]):
+        measure(results, name, amount, kind, arguments.steps)
+        save(results)
+        print(f"{name}, {amount}, {kind}: {len(cells) - number - 1} figures left", flush=True)
 
 
 def measure(results: dict[str, Any], name: str, amount: str, kind: str, steps: int) -> None:
@@ -59,17 +73,16 @@ def measure(results: dict[str, Any], name: str, amount: str, kind: str, steps: i
     if "dense" not in found:
         found["dense"] = perplexity(model, text)
     cell = found.setdefault(amount, {"kinds": {}})
-    if kind in cell["kinds"]:
-        return
     with tempfile.TemporaryDirectory() as folder:
         pruned = Path(folder) / "pruned"
         prune(model, text, pruned, **AMOUNTS[amount])
         if "pruned" not in cell:
-            cell["pruned"] = perplexity(pruned, text)
+            cell["pruned"] = {**perplexity(pruned, text), "blimp": blimp(pruned, text)}
         if amount in REFERENCES and "reference" not in cell:
             prune(model, text, Path(folder) / "reference", **{**AMOUNTS[amount], "method": REFERENCES[amount]})
             cell["reference"] = perplexity(Path(folder) / "reference", text)
-        cell["kinds"][kind] = recovered(pruned, Path(folder) / "out", text, kind, steps)
+        source = model if kind in LEARNED else pruned
+        cell["kinds"][kind] = recovered(source, Path(folder) / "out", text, kind, steps, AMOUNTS[amount])
 
 
 def prune(model: Path, text: str, out: Path, **amount: Any) -> None:
@@ -77,10 +90,12 @@ def prune(model: Path, text: str, out: Path, **amount: Any) -> None:
     llmprune.prune(model, out=out, calibration=calibration, samples=64, seqlen=256, **amount)
 
 
-def recovered(pruned: Path, out: Path, text: str, kind: str, steps: int) -> dict[str, Any]:
+def recovered(pruned: Path, out: Path, text: str, kind: str, steps: int, amount: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {} if kind == "blockwise" else {
         "steps": steps, "batch_size": 8, "learning_rate": RATES[kind], "training.evaluate_every": max(1, steps // 4)
     }  # fmt: skip
+    if kind in LEARNED:
+        settings |= {"ratio": amount["ratio"], "gate_rate": 0.15 / RATES[kind]}
     wall, cpu = time.perf_counter(), time.process_time()
     result = llmprune.recover(
         pruned,
@@ -93,7 +108,7 @@ def recovered(pruned: Path, out: Path, text: str, kind: str, steps: int) -> dict
     took = {"minutes": (time.perf_counter() - wall) / 60, "cpu_minutes": (time.process_time() - cpu) / 60}
     entry = result.report["recovery"][-1]
     trained = {key: entry[key] for key in ("steps", "best_step", "held_out", "trained") if key in entry}
-    return {**perplexity(out, text), **took, **trained, "settings": settings}
+    return {**perplexity(out, text), "blimp": blimp(out, text), **took, **trained, "settings": settings}
 
 
 def save(results: dict[str, Any]) -> None:
@@ -106,21 +121,39 @@ def save(results: dict[str, Any]) -> None:
             pruned = cell["pruned"]["ppl"]
             if "reference" in cell:
                 rows.append([f"{name} ({dense:.3f})", amount, f"({REFERENCES[amount]} instead)", f"{pruned:.3f}",
-                             f"{cell['reference']['ppl']:.3f}", won(dense, pruned, cell["reference"]["ppl"]), "", "", ""])  # fmt: skip
+                             f"{cell['reference']['ppl']:.3f}", won(dense, pruned, cell["reference"]["ppl"]), *[""] * 5])  # fmt: skip
             for kind, one in cell["kinds"].items():
                 rows.append([f"{name} ({dense:.3f})", amount, kind, f"{pruned:.3f}", f"{one['ppl']:.3f}",
-                             won(dense, pruned, one["ppl"]), str(one.get("steps", "–")),
+                             won(dense, pruned, one["ppl"]), share(cell["pruned"]), share(one), str(one.get("steps", "–")),
                              f"{one['cpu_minutes']:.1f}", f"{one['minutes']:.1f}"])  # fmt: skip
     note = (
         "\nPerplexity on at most 120 windows of 256 tokens of the evaluation text, float32. Pruned with 64 x 256 tokens of the "
         "model's calibration text, seed 0; recovered on the same text, 256 tokens a sequence, 8 sequences a step, its last "
         "15 % held out for the choice of the best weights. Won back: share of the gap between the pruned and the dense "
-        "model. CPU min are minutes of processor time, which other work on the machine does not lengthen; min is what a "
+        "model; sheared and compresso start from the dense model and are set beside the same gap. BLiMP: of the pruned model, then "
+        "of the recovered one; 300 pairs, so 3 % either way is chance. CPU min are minutes of processor time, which other work on the machine does not lengthen; min is what a "
         "clock on the wall said, on a machine shared with other work. Rates and steps of each run: recover.json.\n"
     )
     saved = {"environment": record.environment("accelerate", "peft"), "protocol": note.strip(), "results": results}
-    heads = ["model (dense)", "amount", "kind", "pruned", "recovered", "won back", "steps", "CPU min", "min"]
+    heads = [
+        "model (dense)",
+        "amount",
+        "kind",
+        "pruned",
+        "recovered",
+        "won back",
+        "BLiMP",
+        "then",
+        "steps",
+        "CPU min",
+        "min",
+    ]
     record.save("recover", saved, record.table(heads, rows) + note)
+
+
+def share(found: dict[str, Any]) -> str:
+    """The accuracy on BLiMP; figures of earlier versions of this script have none."""
+    return f"{found['blimp']:.1%}" if "blimp" in found else "–"
 
 
 def won(dense: float, pruned: float, after: float) -> str:

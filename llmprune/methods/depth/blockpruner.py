@@ -25,7 +25,9 @@ class BlockPruner:
     output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2406.10594"
     takes_list: ClassVar[bool] = False
-    memory: ClassVar[str] = "one layer, and the activations of twice as many variants as there are layers"
+    memory: ClassVar[str] = (
+        "one layer, and the activations of twice as many variants as there are layers, in chunks that fit"
+    )
 
     def decide(self, trunk: Trunk, drop: Drop) -> Decision:
         check_halves(trunk)

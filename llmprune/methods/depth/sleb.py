@@ -31,7 +31,7 @@ class SLEB:
     output: ClassVar[str] = "plain"
     paper: ClassVar[str] = "arXiv:2402.09025"
     takes_list: ClassVar[bool] = False
-    memory: ClassVar[str] = "one layer, and the activations of as many variants as there are layers"
+    memory: ClassVar[str] = "one layer, and the activations of as many variants as there are layers, in chunks that fit"
 
     def decide(self, trunk: Trunk, drop: Drop) -> Decision:
         free = drop.unprotected(self.protect_first, self.protect_last)

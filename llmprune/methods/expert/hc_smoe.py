@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from llmprune.arch.discover import expert_blocks
-from llmprune.checkpoint.surgery import Surgery
 from llmprune.engine.experts import each_routing
 from llmprune.engine.routing import Routed
 from llmprune.engine.trunk import Trunk
+from llmprune.methods.expert.merging import choices, merge
 from llmprune.methods.structural import TEXT, Decision, DropExperts
 
 
@@ -42,26 +40,12 @@ class HCSMoE:
             everyone = torch.arange(len(call.hidden_TD), device=call.hidden_TD.device)
             outputs = [call.output(expert, everyone).double().sum(0).cpu() for expert in range(drop.experts)]
             sums[index] = [a + b for a, b in zip(sums[index], outputs, strict=True)] if sums[index] else outputs
-            used[index] += torch.bincount(call.chosen_TK.flatten().cpu(), minlength=drop.experts)[: drop.experts]
+            used[index] += choices(call, drop.experts)
             tokens[index] += len(everyone)
 
         each_routing(trunk, drop.layers, take)
-        kept: dict[int, tuple[int, ...]] = {}
-        replaced: dict[str, torch.Tensor] = {}
-        rows: dict[int, tuple[int, ...]] = {}
-        clusters: dict[str, list[list[int]]] = {}
-        for index in drop.layers:
-            mean_ED = torch.stack(sums[index]) / tokens[index]
-            found = _in_groups(mean_ED, drop)
-            clusters[str(index)] = found
-            most_used = [max(one, key=lambda expert: (float(used[index][expert]), -expert)) for one in found]
-            kept[index] = tuple(sorted(most_used))
-            answers = {expert: place for one, place in zip(found, most_used, strict=True) for expert in one}
-            rows[index] = tuple(answers[expert] for expert in range(drop.experts))
-            replaced.update(_averaged(trunk, index, found, most_used, used[index]))
-        surgery = Surgery(drop.depth, tuple(range(drop.depth)), kept, replaced, rows=rows)
-        figures = {"expert_tokens": {str(index): one.tolist() for index, one in used.items()}}
-        return Decision(surgery, {}, figures, {"clusters": clusters})
+        clusters = {index: _in_groups(torch.stack(sums[index]) / tokens[index], drop) for index in drop.layers}
+        return merge(trunk, drop, clusters, used)
 
 
 def _in_groups(mean_ED: torch.Tensor, drop: DropExperts) -> list[list[int]]:
@@ -83,22 +67,3 @@ def average_linkage(points_ND: torch.Tensor, count: int) -> list[list[int]]:
         a, b = min(pairs, key=lambda pair: float(distance_NN[clusters[pair[0]]][:, clusters[pair[1]]].mean()))
         clusters[a] = sorted(clusters[a] + clusters.pop(b))
     return clusters
-
-
-def _averaged(
-    trunk: Trunk, index: int, clusters: Sequence[list[int]], places: Sequence[int], used_E: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The parameters of the experts of a layer, the average of every cluster in the place of its most used member."""
-    unit = trunk.units[index]
-    found = {}
-    with trunk.loaded(index):
-        for path, block in expert_blocks(unit.module):
-            for short, parameter in block.named_parameters():
-                value = parameter.detach().float().clone()
-                for cluster, place in zip(clusters, places, strict=True):
-                    # a cluster that no token reached is averaged evenly
-                    weight = used_E[cluster] if float(used_E[cluster].sum()) else torch.ones(len(cluster)).double()
-                    share = (weight / weight.sum()).to(value.device)
-                    value[place] = torch.einsum("e,e...->...", share, parameter.detach()[cluster].double()).float()
-                found[f"{unit.prefix}{path}.{short}"] = value
-    return found
