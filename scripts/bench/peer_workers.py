@@ -151,6 +151,7 @@ def torch_pruning(job: Record) -> Record:
         pruner = tp.pruner.BasePruner(
             model,
             example_inputs=batches(calibration(job))[0][:1],
+            output_transform=lambda found: found.logits,
             importance=score[job["score"]](group_reduction="mean"),
             global_pruning=False,
             pruning_ratio=job["ratio"],

@@ -20,22 +20,27 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peers
 import processes
 import quality
 import record
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import llmprune
 from llmprune.calibration import sample
 
 MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
 AMOUNTS = {"50 %": "0.5", "2:4": "2:4", "70 %": "0.7"}
 COMPRESSOR, OPTIMIZER, PRUNER, OWN = TOOLS = ("llm-compressor", "Model-Optimizer", "Torch-Pruning", "llmprune")
 CACHE = Path.home() / ".cache" / "llmprune"
+# llm-compressor needs torchvision for experts and Model-Optimizer requests, though neither declares it;
+# transformers 5.14 is the newest that Model-Optimizer's own extra for language models allows.
 PINS = {
-    "peers": {"torch": "2.13.0", "llmcompressor": "0.14.0.1"},
+    "peers": peers.PINS | {"torchvision": "0.28.0"},
     "peers-more": {
         "torch": "2.13.0",
-        "transformers": "5.23.0",
+        "transformers": "5.14.1",
+        "requests": "2.34.2",
         "nvidia-modelopt": "0.47.0",
         "torch-pruning": "1.6.1",
     },
@@ -97,14 +102,16 @@ def measured(run: Run, job: dict[str, Any], python: Path | str, repeats: int, ev
     out = Path(job["out"])
     try:
         rounds = [processes.watched(python, run.tool, **job, **run.job) for _ in range(repeats)]
-        zeros = processes.call(sys.executable, "zeros", out=out)
+        zeros, output = processes.call(sys.executable, "zeros", out=out), reloaded(out)
         ppl = quality.perplexity(out, evaluation)["ppl"]
-    except (processes.WorkerFailed, ValueError) as error:
+    except (RuntimeError, ValueError, llmprune.UserError) as error:
+        if run.tool == OWN:
+            raise
         return {"error": str(error).strip().splitlines()[-1]}
     return {
         "ppl": ppl,
         **zeros,
-        **reloaded(out),
+        **output,
         "seconds": statistics.median(one["seconds"]["total"] for one in rounds),
         "memory": {name: max(one["memory"][name] for one in rounds) for name in ("before", "peak")},
         "other_cores": max(one["other_cores"] for one in rounds),
