@@ -150,7 +150,7 @@ def torch_pruning(job: Record) -> Record:
         score = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
         pruner = tp.pruner.BasePruner(
             model,
-            example_inputs=batches(calibration(job))[0][:1],
+            example_inputs=batches(calibration(job))[0][:1, :8],
             output_transform=lambda found: found.logits,
             importance=score[job["score"]](group_reduction="mean"),
             global_pruning=False,
