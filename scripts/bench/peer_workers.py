@@ -6,7 +6,6 @@ the top. Loading, pruning and saving are on three clocks, imports on none.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -56,19 +55,13 @@ def batches(tokens: list[list[int]]) -> Any:
     return torch.tensor(tokens).split(BATCH)
 
 
-def staged(
-    job: Record,
-    prune: Callable[[Any], object],
-    tool: str,
-    context: contextlib.AbstractContextManager[Any] | None = None,
-) -> Record:
-    """Load a model within `context`, prune it in place and save it as a plain checkpoint."""
+def staged(job: Record, prune: Callable[[Any], object], tool: str) -> Record:
+    """Load a model, prune it in place and save it as a plain checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     before = memory("VmRSS")
-    with context or contextlib.nullcontext():
-        model, load = timed(AutoModelForCausalLM.from_pretrained, job["model"], dtype=job["dtype"])
+    model, load = timed(AutoModelForCausalLM.from_pretrained, job["model"], dtype=job["dtype"])
     _, spent = timed(prune, model.eval())
     _, save = timed(model.save_pretrained, job["out"])
     tokenizer.save_pretrained(job["out"])
@@ -94,10 +87,9 @@ def compressor_modifier(method: str, amount: str) -> Any:
 
 
 def llm_compressor(job: Record) -> Record:
-    """llm-compressor's `oneshot`, with fused experts taken apart as its documentation asks."""
+    """llm-compressor's `oneshot`, which takes fused experts apart by itself."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from transformers import AutoTokenizer
 
     tokens = calibration(job)
@@ -111,7 +103,7 @@ def llm_compressor(job: Record) -> Record:
         "shuffle_calibration_samples": False,
         "batch_size": job["batch_size"],
     }
-    return staged(job, lambda model: oneshot(model=model, **settings), "llmcompressor", context=load_quantizable_moe())
+    return staged(job, lambda model: oneshot(model=model, **settings), "llmcompressor")
 
 
 def model_optimizer(job: Record) -> Record:

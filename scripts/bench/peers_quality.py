@@ -33,10 +33,10 @@ MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
 AMOUNTS = {"50 %": "0.5", "2:4": "2:4", "70 %": "0.7"}
 COMPRESSOR, OPTIMIZER, PRUNER, OWN = TOOLS = ("llm-compressor", "Model-Optimizer", "Torch-Pruning", "llmprune")
 CACHE = Path.home() / ".cache" / "llmprune"
-# llm-compressor needs torchvision for experts and Model-Optimizer requests, though neither declares it;
-# transformers 5.14 is the newest that Model-Optimizer's own extra for language models allows.
+# Model-Optimizer needs requests, though it does not declare it; transformers 5.14 is the newest that its extra for language
+# models allows.
 PINS = {
-    "peers": peers.PINS | {"torchvision": "0.28.0"},
+    "peers": peers.PINS,
     "peers-more": {
         "torch": "2.13.0",
         "transformers": "5.14.1",
@@ -97,11 +97,13 @@ def reloaded(folder: Path) -> dict[str, Any]:
     return {"params": model.num_parameters(), "misfits": sorted(misfits), "pickles": sorted(pickles)}
 
 
-def measured(run: Run, job: dict[str, Any], python: Path | str, repeats: int, evaluation: str) -> dict[str, Any]:
+def measured(
+    run: Run, job: dict[str, Any], python: Path | str, evaluation: str, repeats: int, limit: float
+) -> dict[str, Any]:
     """One row of the record, or the last words of a tool that gave up."""
     out = Path(job["out"])
     try:
-        rounds = [processes.watched(python, run.tool, **job, **run.job) for _ in range(repeats)]
+        rounds = [processes.watched(python, run.tool, limit=limit, **job, **run.job) for _ in range(repeats)]
         zeros, output = processes.call(sys.executable, "zeros", out=out), reloaded(out)
         ppl = quality.perplexity(out, evaluation)["ppl"]
     except (RuntimeError, ValueError, llmprune.UserError) as error:
@@ -120,7 +122,7 @@ def measured(run: Run, job: dict[str, Any], python: Path | str, repeats: int, ev
     }
 
 
-def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int) -> None:
+def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int, limit: float) -> None:
     """Make the rows of a model."""
     model, text = record.SHARED / "models" / name, quality.text_of(name)
     found.setdefault("dense", {"ppl": quality.perplexity(model, text.evaluation)["ppl"], **reloaded(model)})
@@ -137,7 +139,7 @@ def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int) -> Non
             env = ENVS.get(run.tool)
             python = processes.build_env(CACHE / env, PINS[env]) if env else sys.executable
             job = {"model": model, "tokens": tokens, "out": f"{scratch}/{number}", "dtype": "float32"}
-            found[run.key] = measured(run, job, python, repeats, text.evaluation)
+            found[run.key] = measured(run, job, python, text.evaluation, repeats, limit)
             print(name, run.key, found[run.key], file=sys.stderr, flush=True)
 
 
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="*", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--methods", nargs="*", help="of these tools (default: all)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of which the median time is kept")
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run is given up")
     parser.add_argument("--note", default="", help="what should be known of the machine, such as what else ran")
     arguments = parser.parse_args()
     runs = [
@@ -201,7 +204,7 @@ def main() -> None:
     saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
     saved["protocol"] = " ".join((__doc__ or "").partition("\n    python")[0].split())
     for name in arguments.models:
-        fill(name, runs, saved["results"].setdefault(name, {}), arguments.repeats)
+        fill(name, runs, saved["results"].setdefault(name, {}), arguments.repeats, arguments.limit)
         saved["environment"] = record.environment()
         saved["commands"] = list(dict.fromkeys([*saved.get("commands", []), saved["environment"]["command"]]))
         saved["environment"]["command"] = "; ".join(saved["commands"])

@@ -77,15 +77,18 @@ def build_env(env: Path, pins: dict[str, str]) -> Path:
     return python
 
 
-def call(python: Path | str, worker: str, **job: Any) -> Record:
-    """Run one of `peer_workers` in a fresh process of `python`, offline and on the CPU."""
+def call(python: Path | str, worker: str, limit: float | None = None, **job: Any) -> Record:
+    """Run one of `peer_workers` in a fresh process of `python`, offline and on the CPU, for at most `limit` seconds."""
     quiet = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log"
         command = [python, WORKERS, worker, json.dumps(job, default=str), result]
         with log.open("w") as output:
             env = os.environ | quiet
-            process = subprocess.run(command, check=False, env=env, stdout=output, stderr=output)
+            try:
+                process = subprocess.run(command, check=False, env=env, stdout=output, stderr=output, timeout=limit)
+            except subprocess.TimeoutExpired:
+                raise WorkerFailed(f"worker {worker!r} on {job}\nno end within {limit:.0f} s") from None
         if process.returncode:
             raise WorkerFailed(f"worker {worker!r} failed on {job}\n{log.read_text()[-4000:]}")
         record: Record = json.loads(result.read_text())
@@ -102,10 +105,10 @@ def machine_seconds() -> float:
     return spent - children.ru_utime - children.ru_stime
 
 
-def watched(python: Path | str, worker: str, **job: Any) -> Record:
+def watched(python: Path | str, worker: str, limit: float | None = None, **job: Any) -> Record:
     """The record of one run, with the cores that other jobs kept busy on average meanwhile."""
     foreign = machine_seconds()
-    record, wall = timed(call, python, worker, **job)
+    record, wall = timed(call, python, worker, limit, **job)
     return record | {"other_cores": max(0.0, (machine_seconds() - foreign) / wall)}
 
 
