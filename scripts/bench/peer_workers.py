@@ -124,9 +124,9 @@ def model_optimizer(job: Record) -> Record:
 
 
 def torch_pruning(job: Record) -> Record:
-    """Torch-Pruning as in its example for language models: hidden size, query heads and channels by one ratio.
+    """Torch-Pruning as in its example for language models: channels, hidden size and query heads by one ratio.
 
-    With `channels` the channels of the MLP alone, which is what its `ignored_layers` is for.
+    `hidden` and `heads` say whether the latter two are pruned; if not, they are among its `ignored_layers`.
     """
     import torch_pruning as tp
 
@@ -134,11 +134,12 @@ def torch_pruning(job: Record) -> Record:
         config, layers = model.config, model.model.layers
         heads, ignored = {}, [model.lm_head]
         for layer in layers:
-            attention = layer.self_attn
-            heads[attention.q_proj] = config.num_attention_heads
-            heads[attention.k_proj] = heads[attention.v_proj] = config.num_key_value_heads
-            ignored += [attention, layer.mlp.down_proj] if job["channels"] else []
-        ignored += [model.model.embed_tokens] if job["channels"] else []
+            of = layer.self_attn
+            heads |= {of.q_proj: config.num_attention_heads}
+            heads |= dict.fromkeys((of.k_proj, of.v_proj), config.num_key_value_heads)
+            ignored += [] if job["heads"] else [of.q_proj, of.k_proj, of.v_proj]
+            ignored += [] if job["hidden"] else [of.o_proj, layer.mlp.down_proj]
+        ignored += [] if job["hidden"] else [model.model.embed_tokens]
         score = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
         pruner = tp.pruner.BasePruner(
             model,
@@ -149,7 +150,7 @@ def torch_pruning(job: Record) -> Record:
             pruning_ratio=job["ratio"],
             ignored_layers=ignored,
             num_heads=heads,
-            prune_num_heads=not job["channels"],
+            prune_num_heads=job["heads"],
             prune_head_dims=False,
             head_pruning_ratio=job["ratio"],
             round_to=job["round_to"],

@@ -46,10 +46,12 @@ PINS = {
     },
 }
 ENVS = {COMPRESSOR: "peers", OPTIMIZER: "peers-more", PRUNER: "peers-more"}
-# Ratios at which about a fifth of the layers' parameters goes from the models here; channels are rounded as ours are.
+# What Torch-Pruning prunes, first as in its example for language models. Ratios at which about a fifth of the layers'
+# parameters goes from the models here.
 WIDTHS = {
-    "hidden size, heads, channels": {"ratio": 0.1, "channels": False, "round_to": 4},
-    "channels": {"ratio": 0.28125, "channels": True, "round_to": 8},
+    "hidden size, heads, channels": {"hidden": True, "heads": True, "ratio": 0.1, "round_to": 4},
+    "hidden size, channels": {"hidden": True, "heads": False, "ratio": 0.125, "round_to": 4},
+    "channels": {"hidden": False, "heads": False, "ratio": 0.28125, "round_to": 8},
 }
 
 
@@ -147,7 +149,7 @@ def cells(run: Run, row: dict[str, Any], found: dict[str, Any]) -> list[str]:
     """A row of the table."""
     head = [run.tool, run.method, run.amount]
     if "error" in row:
-        return [*head, f"refused: {row['error']}".replace("|", "\\|"), *[""] * 7]
+        return [*head, f"failed: {row['error']}".replace("|", "\\|"), *[""] * 7]
     base, dense = found.get(f"{COMPRESSOR}, sparsegpt, {run.amount}", {}).get("ppl"), found["dense"]["ppl"]
     misfits = len(row["misfits"])
     return [
