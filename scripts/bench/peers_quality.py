@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,8 +125,8 @@ def measured(
     }
 
 
-def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int, limit: float) -> None:
-    """Make the rows of a model."""
+def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int, limit: float) -> Iterator[None]:
+    """Make the rows of a model, and pause after each."""
     model, text = record.SHARED / "models" / name, quality.text_of(name)
     found.setdefault("dense", {"ppl": quality.perplexity(model, text.evaluation)["ppl"], **reloaded(model)})
     with tempfile.TemporaryDirectory() as scratch:
@@ -142,7 +143,7 @@ def fill(name: str, runs: list[Run], found: dict[str, Any], repeats: int, limit:
             python = processes.build_env(CACHE / env, PINS[env]) if env else sys.executable
             job = {"model": model, "tokens": tokens, "out": f"{scratch}/{number}", "dtype": "float32"}
             found[run.key] = measured(run, job, python, text.evaluation, repeats, limit)
-            print(name, run.key, found[run.key], file=sys.stderr, flush=True)
+            yield
 
 
 def cells(run: Run, row: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -204,14 +205,16 @@ def main() -> None:
     ]
     stored = record.FOLDER / "peers_quality.json"
     saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
-    saved["protocol"] = " ".join((__doc__ or "").partition("\n    python")[0].split())
+    saved["protocol"] = " ".join((__doc__ or "").rpartition("\n\n")[2].split())
     for name in arguments.models:
-        fill(name, runs, saved["results"].setdefault(name, {}), arguments.repeats, arguments.limit)
-        saved["environment"] = record.environment()
-        saved["commands"] = list(dict.fromkeys([*saved.get("commands", []), saved["environment"]["command"]]))
-        saved["environment"]["command"] = "; ".join(saved["commands"])
-        saved["note"] = arguments.note or saved.get("note", "")
-        record.save("peers_quality", saved, markdown(saved["results"], f"{saved['protocol']} {saved['note']}".strip()))
+        found = saved["results"].setdefault(name, {})
+        for _ in fill(name, runs, found, arguments.repeats, arguments.limit):
+            saved["environment"] = record.environment()
+            saved["commands"] = list(dict.fromkeys([*saved.get("commands", []), saved["environment"]["command"]]))
+            saved["environment"]["command"] = "; ".join(saved["commands"])
+            saved["note"] = arguments.note or saved.get("note", "")
+            page = markdown(saved["results"], f"{saved['protocol']} {saved['note']}".strip())
+            record.save("peers_quality", saved, page)
 
 
 if __name__ == "__main__":
