@@ -88,7 +88,8 @@ def planned() -> list[Run]:
     ]
     for amount, job in WIDTHS.items():
         narrowed = [Run(PRUNER, score, amount, {"score": score, **job}) for score in ("magnitude", "taylor")]
-        runs += [*narrowed, Run(OWN, "group-obs", f"as {PRUNER}'s {amount}", {}, like=narrowed[0].key)]
+        matched = [(method, f"as {PRUNER}'s {amount}") for method in ("group-magnitude", "group-obs")]
+        runs += [*narrowed, *(Run(OWN, method, label, {}, like=narrowed[0].key) for method, label in matched)]
     return runs
 
 
