@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmprune import calibration
+from llmprune.calibration import load_tokenizer, longest
 from llmprune.checkpoint.skeleton import load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
-from llmprune.job import load_tokenizer, longest
 from llmprune.memory import unused
 from llmprune.sparse import load
 from llmprune.types import UserError

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from llmprune.calibration import longest
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.perplexity import open_model
-from llmprune.job import longest
 from llmprune.memory import PeakMemory, current
 from llmprune.types import UserError
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
+from llmprune.checkpoint.remote import trusted
 from llmprune.types import UserError
 
 # Hub datasets behind the short names: (dataset, config, train split, evaluation split, field).
@@ -238,3 +240,26 @@ def given(data: Any) -> Tokens:
     if not sequences:
         raise UserError("the calibration data is empty")
     return Tokens(sequences, "token ids given by the caller", False)
+
+
+def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder; raises UserError if there is none."""
+    if folder is None:
+        raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "
+            "or give calibration data as token ids"
+        ) from error
+
+
+def longest(config: Any) -> int:
+    """The most positions a model takes, from its configuration."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 20

@@ -14,10 +14,12 @@ from llmprune.arch.discover import expert_blocks, expert_count, find_units
 from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import resolve
+from llmprune.engine.gradient_store import check_gradients
 from llmprune.methods import METHODS, PRESETS, method_of
 from llmprune.narrowing import widths
 from llmprune.recipe import Recipe
 from llmprune.rotation_plan import plan_rotation
+from llmprune.statistics import FLOW
 from llmprune.types import UserError
 from llmprune.width_plan import WidthPlan, plan_width
 
@@ -51,17 +53,23 @@ def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[st
                 what = _rotation(model, config, Recipe(method=name, ratio=ratio))
             elif method.kind == "width":
                 what = _width(model, method, plan)
+            elif method.kind == "weight":
+                what = _weights(model, name, method)
             else:
-                what = {"weight": _weights, "depth": _layers, "expert": _experts}[method.kind](model)
+                what = {"depth": _layers, "expert": _experts}[method.kind](model)
         except UserError as error:
             yield {"name": name, "kind": method.kind, "can": False, "why": str(error)}
         else:
             yield {"name": name, "kind": method.kind, "can": True, **what}
 
 
-def _weights(model: PreTrainedModel) -> dict[str, Any]:
-    matrices = [spec for unit in find_units(model, head=False) for spec in unit.matrices]
-    return {"what": f"{sum(spec.count for spec in matrices):,} weights in {len(matrices)} matrices", "output": "plain"}
+def _weights(model: PreTrainedModel, name: str, method: Any) -> dict[str, Any]:
+    units = find_units(model, head=False)
+    if FLOW in method.needs:
+        check_gradients(name, method.needs, model, units, torch.device("cpu"))
+    matrices = [spec for unit in units for spec in unit.matrices]
+    what = f"{sum(spec.count for spec in matrices):,} weights in {len(matrices)} matrices"
+    return {"what": what, "output": method.output}
 
 
 def _layers(model: PreTrainedModel) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llmprune.forecast import Forecast, Probe, Situation
 from llmprune.memory import Meter
 from llmprune.pipeline import Pruning, schedule_of
 from llmprune.progress import Reporter
-from llmprune.statistics import OF_WEIGHTS
+from llmprune.statistics import OF_WEIGHTS, of_text
 from llmprune.types import RunError
 from llmprune.weights import Resident, Streamed
 
@@ -84,7 +84,7 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
 def finished(job: Job, pruning: Pruning, weights: Streamed | Resident) -> bool:
     """Prune; False if the device ran out of memory on the way, and smaller batches may help."""
     try:
-        if job.method.needs:
+        if of_text(job.method.needs):
             pruning.run_on(job.model)
         else:
             pruning.run_without_data()

@@ -8,32 +8,32 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from llmprune import __version__, calibration
 from llmprune.allocation import Dense, Measured, allocator, entry
-from llmprune.arch.discover import find_units
 from llmprune.calibration import Tokens
-from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.checkpoint.adapter import FOLDER, write_adapter
 from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
-from llmprune.engine.gradient_store import Gradients
+from llmprune.engine.divergence import Variant
+from llmprune.engine.gradient_store import Gradients, check_gradients
 from llmprune.engine.share import Share
 from llmprune.fitting import ENGINE, finished, halve_batches, look_ahead, settle
 from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
-from llmprune.measurement import Measurement
+from llmprune.measurement import Measurement, compare
 from llmprune.memory import PeakMemory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning
@@ -41,8 +41,9 @@ from llmprune.plan import Plan, allocate, select_matrices
 from llmprune.progress import Reporter
 from llmprune.ranks import current
 from llmprune.recipe import Recipe
-from llmprune.result import Result
-from llmprune.statistics import OF_WEIGHTS, TURNED
+from llmprune.reordering import Reordering, check_reordering, find_orders
+from llmprune.result import Result, warnings_of
+from llmprune.statistics import OF_WEIGHTS, of_text
 from llmprune.types import Budget, Matrix, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed, read_matrix
 
@@ -71,10 +72,13 @@ class Job:
             self.model = build_skeleton(self.config, self.dtype, trust_remote_code=recipe.trust_remote_code)
         dispatch.check_choice(self.device)
         self.plan = self._make_plan()
-        reads = bool(self.method.needs) or entry(allocation_of(recipe)).measures
+        if recipe.permute:
+            check_reordering(self.model, recipe.budget())
+        reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
         self.tokens = self._read_tokens() if reads else None
         self.share = self._shared()
         self.forecast: Forecast | None = None
+        self._order = Reordering()
         self.notes: list[str] = []  # what the user should know of how the run went
         self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
 
@@ -86,22 +90,23 @@ class Job:
         self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
 
+    @property
+    def _splits(self) -> bool:
+        return bool(getattr(self.method, "split", False))
+
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
         if self.method.needs & OF_WEIGHTS:
-            refuse_shared_layers(self.config)
-            if len(plan.units) > len(find_units(self.model, head=False)):
-                raise UserError(f"{self.recipe.method!r} takes gradients in decoder layers: leave out the output head")
-            if self.dtype == torch.float16:
-                raise UserError(f"gradients underflow in float16, so {self.recipe.method!r} needs another engine.dtype")
-            if TURNED in self.method.needs and self.dtype != torch.float32:
-                raise UserError(f"{self.recipe.method!r} takes differences of gradients: set engine.dtype to float32")
+            check_gradients(self.recipe.method, self.method.needs, self.model, plan.units, self.device)
         return plan
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Everything that can still be wrong before work starts; raises UserError."""
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        experts = any(spec.index is not None for spec in self.plan.specs())
+        if self._splits and (self.checkpoint is None or self.output is None or experts):
+            raise UserError("split stores an adapter beside a model: prune a folder into --out, without fused experts")
         self.budgets(self.recipe)
 
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:
@@ -119,7 +124,14 @@ class Job:
             with self.prepared(weights):
                 Measurement(self.plan, weights, kinds, look, all_experts=everywhere).run_on(self.model, self.share)
 
-        return Dense(self.plan.layers(), lambda: self._each_matrix(weights), lambda: self._each_score(weights), measure)
+        def diverge(variants: Sequence[Variant], sequences: int) -> list[float]:
+            assert self.tokens is not None
+            batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(self.recipe.engine.batch_size)]
+            with self.prepared(weights):
+                return compare(self.model, self.plan, weights, batches, variants, sequences)
+
+        values = (lambda: self._each_matrix(weights), lambda: self._each_score(weights))
+        return Dense(self.plan.layers(), *values, measure, diverge)
 
     def fingerprint(self) -> str:
         """A hash of all that decides the bytes of the result: equal for a run and its resumption."""
@@ -143,6 +155,8 @@ class Job:
             self.output.open(resume=resume)
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
+        if self.recipe.permute:
+            self._reorder(reporter)
         weights = self._weights(writing=True)
         done = weights.done() - {REST, ENGINE}
         if done:
@@ -188,6 +202,15 @@ class Job:
 
     # Parts of a run.
 
+    def _reorder(self, reporter: Reporter) -> None:
+        with torch.no_grad():
+            self._order = find_orders(self.model, self.plan, self.dense())
+            if self.checkpoint is None:
+                for unit in self.plan.units:
+                    self._order.apply(unit)
+        self.notes.append(str(self._order))
+        reporter.say(self.notes[-1])
+
     def _pruning(self, weights: Streamed | Resident, reporter: Reporter) -> Pruning:
         gradients = self._gradients if self.method.needs & OF_WEIGHTS else None
         return Pruning(self.plan, self.recipe, self.method, weights, reporter, self.share, self.epochs, gradients)
@@ -200,18 +223,23 @@ class Job:
     @cached_property
     def _gradients(self) -> Gradients:
         """Of the dense model, for the method's score; made when they are first asked for."""
-        assert self.tokens is not None
         weights = self._weights(writing=False)
-        batches = [{"input_ids": one.to(self.device)} for one in self.tokens.batches(1)]
+        (kind,) = self.method.needs & OF_WEIGHTS
+        sequences = [torch.zeros(1, 1, dtype=torch.int64)]
+        if of_text(frozenset({kind})):
+            assert self.tokens is not None
+            sequences = self.tokens.batches(1)
+        batches = [{"input_ids": one.to(self.device)} for one in sequences]
         with torch.no_grad(), self.prepared(weights):
-            (kind,) = self.method.needs & OF_WEIGHTS
             return Gradients(self.model, self.plan.units, batches, weights, self.plan.specs(), kind)
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
             return Resident(self.model)
         output = self.output if writing else None
-        return Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
+        weights = Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
+        weights.prepare = self._order.apply
+        return weights
 
     @contextlib.contextmanager
     def prepared(self, weights: Streamed | Resident) -> Iterator[None]:
@@ -251,12 +279,12 @@ class Job:
             tokens = calibration.given(self._data)
         else:
             if self._tokenizer is None:
-                self._tokenizer = load_tokenizer(self.folder, self.recipe.trust_remote_code)
+                self._tokenizer = calibration.load_tokenizer(self.folder, self.recipe.trust_remote_code)
             tokens = calibration.sample(
                 settings.source,
                 self._tokenizer,
                 samples=settings.samples,
-                length=min(settings.seqlen, longest(self.config)),
+                length=min(settings.seqlen, calibration.longest(self.config)),
                 seed=self.recipe.seed,
             )
         largest = max(int(one.max()) for one in tokens.sequences)
@@ -271,6 +299,10 @@ class Job:
     def _add_files(self, folder: Path) -> None:
         if self.folder is not None:
             copy_companions(self.folder, folder, code=trusted(self.folder, self.recipe.trust_remote_code))
+            if self._splits:
+                matrices = self._each_matrix(self._weights(writing=False))
+                parts = ((s, *self.method.parts(w, self.plan.budgets[s.name])[:2]) for s, w in matrices)
+                write_adapter(folder / FOLDER, parts)
         else:
             if self._tokenizer is not None:
                 self._tokenizer.save_pretrained(folder)
@@ -332,7 +364,7 @@ class Job:
                 "params_after": params,
                 "zeros": sum(row["achieved"] + row["notes"].get("zeros_beyond_plan", 0) for row in tensors),
             },
-            "warnings": list(_warnings(tensors, self.tokens)),
+            "warnings": list(warnings_of(tensors, self.tokens)),
             "verified": verified,
         }
 
@@ -358,43 +390,7 @@ class Job:
         }
 
 
-def _warnings(tensors: list[dict[str, Any]], tokens: Tokens | None) -> Iterator[str]:
-    yield from tokens.warnings if tokens else ()
-    unseen = [row["name"] for row in tensors if row["tokens"] == 0]
-    if unseen:
-        yield f"{len(unseen)} expert matrices saw no calibration token and were pruned by magnitude: {', '.join(unseen)}"
-    few = [row["name"] for row in tensors if row["tokens"] and row["tokens"] < row["shape"][1]]
-    if few:
-        yield f"{len(few)} matrices saw fewer tokens than they have inputs, so damping decides much: {', '.join(few[:8])}"
-    damped = [row["name"] for row in tensors if "damping" in row["notes"]]
-    if damped:
-        yield f"{len(damped)} matrices needed more damping than asked for: {', '.join(damped)}"
-
-
 def versions() -> dict[str, str]:
     """The versions that can change a result."""
     names = ("torch", "transformers", "safetensors")
     return {"llmprune": __version__, **{name: importlib.metadata.version(name) for name in names}}
-
-
-def load_tokenizer(folder: Path | None, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder; raises UserError if there is none."""
-    if folder is None:
-        raise UserError("this model needs its tokenizer for text: pass tokenizer=, or calibration= as token ids")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted(folder, trust_remote_code))
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]}); put its files there, "
-            "or give calibration data as token ids"
-        ) from error
-
-
-def longest(config: Any) -> int:
-    """The most positions a model takes, from its configuration."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 1 << 20

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llmprune.allocation import Measured
-from llmprune.arch.discover import Unit
+from llmprune.arch.discover import Unit, find_units
 from llmprune.engine import schedule
+from llmprune.engine.divergence import Variant, divergences
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
+from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
 from llmprune.statistics import Stats
-from llmprune.types import MatrixSpec
+from llmprune.types import MatrixSpec, UserError
 from llmprune.weights import Weights, read_matrix
 
 
@@ -58,7 +61,7 @@ class Measurement:
             for spec in unit.matrices:
                 if spec.name in stats:
                     laid_out = dataclasses.replace(spec, transposed=transposed[spec.name])
-                    yield spec, read_matrix(unit, laid_out), stats[spec.name]
+                    yield laid_out, read_matrix(unit, laid_out), stats[spec.name]
 
         with torch._C.DisableTorchFunction():
             self._look(self._numbers[unit.name], matrices)
@@ -74,3 +77,20 @@ class Measurement:
 
     def complete(self) -> bool:
         return not self._left
+
+
+def compare(
+    model: PreTrainedModel,
+    plan: Plan,
+    weights: Weights,
+    batches: list[dict[str, torch.Tensor]],
+    variants: Sequence[Variant],
+    sequences: int,
+) -> list[float]:
+    """How far variants are from the dense model on so many sequences; raises UserError if the head may be among them."""
+    units = find_units(model, head=False)
+    if len(units) < len(plan.units):
+        raise UserError(
+            "an allocation that runs the decoder layers takes amounts of them alone: leave out the output head"
+        )
+    return divergences(Trunk(model, units, batches, weights).first(sequences), variants)

@@ -21,7 +21,7 @@ from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.plan import Plan, check_pattern
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats
+from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats, of_text
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, Together, UserError
 from llmprune.weights import Weights, read_matrix, stored_matrix
 
@@ -209,7 +209,7 @@ class Pruning:
         started = time.perf_counter()
         give_back()  # what the forward, or the matrices before, have freed
         budget = self._plan.budgets[specs[0].name]
-        unseen = stats is None and bool(self._method.needs)
+        unseen = stats is None and of_text(self._method.needs)
         method: Method = Magnitude() if unseen else self._method
         matrices = [self._matrix(unit, spec) for spec in specs]
         try:
@@ -252,7 +252,7 @@ class Pruning:
             achieved=achieved,
             error=lost,
             error_kind=kind,
-            tokens=stats.tokens if stats else 0 if self._method.needs else None,
+            tokens=stats.tokens if stats else 0 if of_text(self._method.needs) else None,
             notes=edit.notes,
         )
 

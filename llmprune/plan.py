@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from llmprune.allocation import Allocator, Dense
 from llmprune.arch.discover import Unit, find_units
 from llmprune.recipe import Recipe
+from llmprune.statistics import of_text
 from llmprune.types import Budget, MatrixSpec, Method, UserError
 
 
@@ -85,7 +86,11 @@ def check_pattern(spec: MatrixSpec, budget: Budget, method: Method) -> None:
     group = budget.pattern.group
     if not group:
         return
-    if spec.transposed is None and not method.needs:
+    if "N:M" not in method.patterns:
+        raise UserError(
+            f"this method gives {method.output} matrices, which have no pattern {budget.pattern}: give a sparsity"
+        )
+    if spec.transposed is None and not of_text(method.needs):
         raise UserError(
             f"{spec.name}: which axis holds the inputs is only seen when the model runs, and this method does not run "
             f"it; use a calibrated method for {budget.pattern}, or leave it out with --ignore"

@@ -110,6 +110,9 @@ class Recipe(Strict):
     )
     sparsity: float | None = Field(default=None, description="fraction of weights set to zero")
     pattern: str = Field(default="unstructured", description="KEEP:GROUP along the inputs, e.g. 2:4")
+    permute: bool = Field(
+        default=False, description="reorder inner channels first, so that an N:M pattern keeps more; computes the same"
+    )
     steps: int = Field(
         default=1, ge=1, description="times the model is pruned, each more than before, calibrated anew in between"
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmprune.statistics import GRADIENTS, MOMENTS, REGIONAL, TURNED, Stats
+from llmprune.statistics import FLOW, GRADIENTS, MOMENTS, REGIONAL, TURNED, Stats
 from llmprune.types import Gradient, Matrix
 
 TINY = torch.finfo(torch.float32).tiny
@@ -75,7 +75,8 @@ def taylor(matrix: Matrix, stats: Stats | None = None, seed: int = 0) -> torch.T
     """|g w|, the change of the loss to first order (Molchanov et al. 2019, eq. 8, whose square ranks the same).
 
     The same order of weights is SNIP's connection sensitivity (Lee et al. 2019, eq. 5) and the linear model LM of
-    Laurent et al. 2020, eq. 4.
+    Laurent et al. 2020, eq. 4. With g of the synaptic flow (`engine.flow`) it is SynFlow (Tanaka et al. 2020, eq. 2), whose
+    authors prune in 100 rounds: `steps`.
     """
     return (gradient_of(matrix).mean_OI * matrix.weight_OI).abs()
 
@@ -155,5 +156,6 @@ SCORES = {
     "gblm": Score(gblm, frozenset({MOMENTS, GRADIENTS}), "row"),
     "regional": Score(regional, frozenset({MOMENTS, REGIONAL}), "row"),
     "pruner-zero": Score(pruner_zero, frozenset({GRADIENTS}), "row"),
+    "synflow": Score(taylor, frozenset({FLOW}), "matrix"),
     "random": Score(random, frozenset(), "row"),
 }

@@ -24,7 +24,14 @@ KINDS = frozenset({GRAM, MOMENTS, DRIFT})
 GRADIENTS = "gradients"  # of the loss
 REGIONAL = "regional gradients"  # of the norm of the layer's own output
 TURNED = "gradients and Hessian"  # of the loss, and its Hessian times them
-OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED})
+FISHER = "block Fisher"  # of the loss, and their products within blocks of consecutive weights
+FLOW = "synaptic flow"  # gradients of what passes all weights at their absolute values: no text
+OF_WEIGHTS = frozenset({GRADIENTS, REGIONAL, TURNED, FISHER, FLOW})
+
+
+def of_text(kinds: frozenset[str]) -> bool:
+    """Whether statistics of these kinds take calibration text."""
+    return bool(kinds - {FLOW})
 
 
 class Stats:

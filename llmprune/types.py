@@ -108,23 +108,42 @@ class MatrixSpec:
         return self.outputs * self.inputs
 
 
+FISHER_BLOCK = 32  # consecutive weights whose gradients are multiplied with each other
+
+
+def in_blocks(value: torch.Tensor) -> torch.Tensor:
+    """The last axis as two: blocks of `FISHER_BLOCK` consecutive values, the last one filled up with zeros."""
+    *others, width = value.shape
+    padded = value.new_zeros(*others, -(-width // FISHER_BLOCK) * FISHER_BLOCK)
+    padded[..., :width] = value
+    return padded.unflatten(-1, (-1, FISHER_BLOCK))
+
+
 @dataclass
 class Gradient:
     """Gradients of a weight matrix over `samples` sequences, in float32 and of the matrix' own shape.
 
     `mean_OI`: that of the mean over all tokens. `squares_OI`: sum over the sequences of the square of each one's own.
     `turned_OI`: the Hessian of that mean, for all matrices together, times its gradient; only where it is asked for.
+    `blocks_RNBB`: where it is asked for, the sum over the sequences of g g' in every block of `in_blocks`; R rows of N
+    blocks, or columns (`by_columns`) where the parameter holds the inputs first.
     """
 
     mean_OI: torch.Tensor
     squares_OI: torch.Tensor
     samples: int = 0
     turned_OI: torch.Tensor | None = None
+    blocks_RNBB: torch.Tensor | None = None
+    by_columns: bool = False
 
     def add(self, gradient_OI: torch.Tensor, share: float) -> None:
         """Take in a sequence that holds that `share` of all tokens."""
         self.mean_OI += share * gradient_OI
-        self.squares_OI += gradient_OI.to(self.squares_OI.dtype).square()
+        wide_OI = gradient_OI.to(self.squares_OI.dtype)
+        self.squares_OI += wide_OI.square()
+        if self.blocks_RNBB is not None:
+            wide_RNB = in_blocks(wide_OI)
+            self.blocks_RNBB.addcmul_(wide_RNB[..., None], wide_RNB[..., None, :])
         self.samples += 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +70,8 @@ class Streamed:
     """A checkpoint of any size: one unit in memory at a time, written out as it is done.
 
     Modules outside the units (embeddings, norms) are loaded when the forward first calls them. `parent`: where the dense
-    weights of units lie, if not in the checkpoint.
+    weights of units lie, if not in the checkpoint. `prepare` is called with every unit that is loaded as it was, and may
+    change it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Streamed:
     ) -> None:
         self._model, self._checkpoint, self._output = model, checkpoint, output
         self._parent = parent
+        self.prepare: Callable[[Unit], None] = lambda unit: None
         self._routing = Routing(model, checkpoint)
         self._dtype, self._device = dtype, device
         self._prefixes = [unit.prefix for unit in units]
@@ -108,9 +110,12 @@ class Streamed:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
         overlay = self._parent if dense else None
-        if self._output is not None and unit.name in self.done() and not dense:
+        finished = self._output is not None and unit.name in self.done() and not dense
+        if self._output is not None and finished:
             overlay = self._output.written(unit.name)
         self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
+        if not finished:
+            self.prepare(unit)
 
     def free(self, unit: Unit) -> None:
         _to_meta(unit.module)
@@ -228,6 +233,22 @@ def stored_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
     """The matrix as it lies in its parameter: a view."""
     parameter = unit.module.get_parameter(spec.parameter.removeprefix(unit.prefix)).data
     return parameter if spec.index is None else parameter[spec.index]
+
+
+@contextlib.contextmanager
+def swapped(unit: Unit, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While active, matrices of a loaded unit have these values, by name and as their parameters hold them."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for spec in unit.matrices:
+            if spec.name in values:
+                place = stored_matrix(unit, spec)
+                kept.append((place, place.clone()))
+                place.copy_(values[spec.name])
+        yield
+    finally:
+        for place, before in kept:
+            place.copy_(before)
 
 
 def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,16 @@ from llmprune.allocation import ALLOCATORS, Dense, dlp
 from llmprune.allocation.alphapruning import tail_exponent
 from llmprune.allocation.arithmetic import RISE, arithmetic
 from llmprune.allocation.dynamic import dynamic, knapsack
+from llmprune.allocation.evopress import MANY, evolve
 from llmprune.allocation.fit import MOST, fit
 from llmprune.allocation.owl import OUTLYING, REACH
+from llmprune.arch.discover import find_units
+from llmprune.checkpoint.skeleton import run_experts_one_by_one
+from llmprune.engine.divergence import divergences
+from llmprune.engine.trunk import Trunk
 from llmprune.statistics import GRAM, Stats
 from llmprune.types import Budget, MatrixSpec, UserError
+from llmprune.weights import Resident
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 SPREADING = [name for name in ALLOCATORS if name != "uniform"]
@@ -34,6 +42,10 @@ SPREADING = [name for name in ALLOCATORS if name != "uniform"]
 
 def specs_of(sizes: list[int]) -> list[MatrixSpec]:
     return [MatrixSpec(f"m{number}", None, size, 1, False) for number, size in enumerate(sizes)]
+
+
+def no_divergence(variants: Any, sequences: int) -> list[float]:
+    raise AssertionError("no variant is asked for")
 
 
 def planned(model: Any, allocation: str, sparsity: float, **settings: Any) -> dict[str, tuple[int, int]]:
@@ -87,7 +99,7 @@ def test_what_cannot_be_reached_is_refused() -> None:
 @pytest.mark.parametrize(
     ("layout", "allocation"),
     # one that solves every matrix at every level is tried once
-    [one for one in itertools.product(["llama", "mixtral", "gpt2"], SPREADING) if one[1] != "dynamic"]
+    [one for one in itertools.product(["llama", "mixtral", "gpt2"], SPREADING) if one[1] not in ("dynamic", "evopress")]
     + [("llama", "dynamic")],
 )
 def test_every_allocator_spends_the_budget_of_a_model(layout: str, allocation: str) -> None:
@@ -239,10 +251,80 @@ def test_dynamic_spares_the_matrix_that_cannot_be_pruned() -> None:
         for number, (spec, one) in enumerate(zip(specs, stats, strict=True)):
             look(number, lambda spec=spec, one=one: [(spec, weight_OI, one)])
 
-    found = dynamic(Dense([[spec] for spec in specs], list, list, measure), Budget(0.5))
+    found = dynamic(Dense([[spec] for spec in specs], list, list, measure, no_divergence), Budget(0.5))
     easy, hard = (found[spec.name].sparsity for spec in specs)
     assert easy > hard + 0.2
     assert sum(found[spec.name].pruned_of(256) for spec in specs) == 256
+
+
+def distribution(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=tiny.tokens()).logits
+    return logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("layout", ["llama", "mixtral"])
+def test_a_divergence_is_that_of_the_whole_models(layout: str) -> None:
+    model = tiny.build(layout)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    logp = distribution(model)
+    units = find_units(model, head=False)
+    matrices = [spec for unit in units for spec in unit.matrices]
+    changes = {spec.name: 0.3 * torch.rand(spec.outputs, spec.inputs) for spec in (matrices[1], matrices[-1])}
+    with torch.no_grad(), run_experts_one_by_one(model):
+        trunk = Trunk(model, units, [{"input_ids": tiny.tokens()}], Resident(model))
+        found = divergences(trunk, [lambda specs: {}, lambda specs: changes])
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    with torch.no_grad():
+        for spec in (matrices[1], matrices[-1]):
+            parameter = model.get_parameter(spec.parameter)
+            (parameter if spec.index is None else parameter[spec.index]).copy_(changes[spec.name])
+    expected = float((logp.exp() * (logp - distribution(model))).sum(-1).mean())
+    assert found[0] == 0.0 and expected > 1e-3
+    assert found[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evolution_finds_what_brute_force_finds() -> None:
+    zeros = [[0, 4, 8, 12, 16]] * 3
+    found = evolve(lambda choices, _: [trouble(one) for one in choices], zeros, random.Random(0))
+    best = min(trouble(one) for one in itertools.product(range(5), repeat=3) if sum(one) == 6)
+    assert sum(found) == 6 and trouble(found) == best
+
+
+def test_a_parent_gives_way_only_to_what_is_better_on_more_text() -> None:
+    misled = evolve(
+        lambda choices, sequences: [trouble(one) * (1 if sequences == MANY else -1) for one in choices],
+        [[0, 4, 8, 12, 16]] * 3,
+        random.Random(0),
+    )
+    assert trouble(misled) <= trouble([2, 2, 2])
+
+
+def trouble(choice: Sequence[int]) -> float:
+    """The first matrix can go, the others suffer, and more than in sum when both do."""
+    a, b, c = choice
+    return 0.1 * a**2 + b**2 + c**2 + 2 * b * c
+
+
+def test_evopress_ends_closer_to_the_dense_model_than_equal_amounts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.allocation.evopress.GENERATIONS", 4)
+    logp = distribution(tiny.build("llama"))
+    away = {}
+    for allocation in ("uniform", "evopress"):
+        model = tiny.build("llama")
+        report = llmprune.prune(
+            model, method="sparsegpt", sparsity=0.6, allocation=allocation, calibration=tiny.tokens()
+        ).report
+        away[allocation] = float((logp.exp() * (logp - distribution(model))).sum(-1).mean())
+        sizes = [row["shape"][0] * row["shape"][1] for row in report["tensors"]]
+        # sparsegpt rounds once in each block of columns
+        assert abs(sum(row["achieved"] for row in report["tensors"]) - 0.6 * sum(sizes)) <= len(sizes)
+    assert away["evopress"] < away["uniform"]
+    with pytest.raises(UserError, match="leave out the output head"):
+        llmprune.prune(
+            tiny.build("mixtral"), method="magnitude", sparsity=0.5, allocation="evopress", targets=["lm_head", "q_proj"],
+            calibration=tiny.tokens(),
+        )  # fmt: skip
 
 
 def test_error_by_its_definition() -> None:
@@ -265,7 +347,7 @@ def test_error_by_its_definition() -> None:
 
 def test_arithmetic_rises_by_equal_steps() -> None:
     specs = specs_of([1000] * 5)
-    dense = Dense([[spec] for spec in specs], list, list, lambda kinds, look: None)
+    dense = Dense([[spec] for spec in specs], list, list, lambda kinds, look: None, no_divergence)
     found = [arithmetic(dense, Budget(0.7))[spec.name].sparsity for spec in specs]
     np.testing.assert_allclose(found, 0.7 + RISE * (np.arange(5) / 4 - 0.5), atol=1e-3)
 

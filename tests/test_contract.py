@@ -20,9 +20,10 @@ from llmprune.solvers.least_squares import least_squares
 from llmprune.solvers.retarget import retarget
 from llmprune.solvers.swaps import swaps
 from llmprune.statistics import DRIFT, GRAM, KINDS, Stats
-from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern
+from llmprune.types import Budget, Edit, Gradient, Matrix, Pattern, in_blocks
 
-NAMES = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
+WEIGHT = [name for name in (*METHODS, *PRESETS) if method_class(name).kind == "weight"]
+NAMES = [name for name in WEIGHT if method_class(name).output == "plain"]
 # Their mask comes from an iteration that moves kept weights, so a second run is free to choose another.
 NOT_IDEMPOTENT = {"admm", "alps", "auto"}
 # Its scores are of either sign, so that a weight that is gone, with its 0, is not the lowest.
@@ -57,6 +58,8 @@ def data(outputs: int, inputs: int, seed: int = 0) -> Data:
     stats = Stats(inputs, KINDS)
     stats.update(x_TI, x_TI + 0.1 * normal(*x_TI.shape, seed=seed + 3))
     gradient = Gradient(*torch.zeros(2, outputs, inputs))
+    rows = in_blocks(gradient.mean_OI)
+    gradient.blocks_RNBB = rows.new_zeros(*rows.shape, rows.shape[-1])
     for number in range(4):
         gradient.add(normal(outputs, inputs, seed=seed + 5 + number), 0.25)
     gradient.turned_OI = normal(outputs, inputs, seed=seed + 9)

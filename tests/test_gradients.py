@@ -167,6 +167,7 @@ def test_scores_are_their_formulas() -> None:
     expected: dict[str, torch.Tensor] = {
         "fisher": w**2 * s / 3 / 2,
         "taylor": (w * g).abs(),
+        "synflow": (w * g).abs(),
         "quadratic": (0.5 * s / 3 * w**2 - w * g).abs(),
         "grasp": w * matrix.gradient.turned_OI,
         "gblm": w.abs() * norm + w.abs() * 100 * root,

@@ -226,7 +226,9 @@ def dense_of(matrices: list[np.ndarray]) -> Dense:
     layers = [[spec] for spec in specs]
     weights = [torch.from_numpy(one) for one in matrices]
     scores = [one.abs() for one in weights]
-    return Dense(layers, lambda: zip(specs, weights, strict=True), lambda: zip(specs, scores, strict=True), measure)
+    return Dense(
+        layers, lambda: zip(specs, weights, strict=True), lambda: zip(specs, scores, strict=True), measure, measure
+    )
 
 
 def smallest(matrices: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
@@ -271,7 +273,7 @@ def test_global_amounts_take_scores_of_either_sign(values: list[int], sparsity: 
     specs = [MatrixSpec(str(number), None, 1, 1, False) for number in range(len(values))]
     parts = list(zip(specs, scores, strict=True))
     dense = Dense(
-        [[spec] for spec in specs], list, lambda: [(s, one[None]) for s, one in parts], lambda kinds, look: None
+        [[spec] for spec in specs], list, lambda: [(s, one[None]) for s, one in parts], lambda *_: None, lambda *_: []
     )
     budgets = global_score(dense, Budget(sparsity))
     chosen = [budgets[spec.name].pruned_of(1) for spec in specs]

@@ -20,6 +20,7 @@ from llmprune.methods.weight.sparsegpt import SparseGPT, rose_order
 from llmprune.methods.weight.thanos import Thanos
 from llmprune.recipe import Recipe
 from llmprune.solvers.dsnot import dsnot
+from llmprune.solvers.least_squares import redense
 from llmprune.solvers.obs import eliminate
 from llmprune.solvers.subsets import exact, solve_subsets
 from llmprune.solvers.sweep import sweep_mask
@@ -413,3 +414,43 @@ def test_exact_is_least_squares_in_float64() -> None:
     goal_OI = (weight_OI * system.scale_I).double().numpy()
     best_OI = oracles.masked_least_squares(goal_OI, system.matrix_II.double().numpy(), pruned_OI.numpy())
     assert apart(exact(weight_OI, pruned_OI, system) * system.scale_I, best_OI) < 1e-6
+
+
+# --- SDS ---
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3, 3.0])
+def test_redense_solves_every_rows_own_ridge(penalty: float) -> None:
+    stats, weight_OI, pruned_OI = stats_of(inputs_of(24)), normal(5, 24, seed=1), normal(5, 24, seed=2) > 0
+    found_OI = redense(weight_OI, pruned_OI, scaled(stats.gram_lower_II, 0.01), penalty)
+    gram_II = stats.gram_II.double().numpy()
+    scale = np.diag(gram_II)
+    h_II = gram_II + 0.01 * np.diag(scale)
+    for row in range(5):
+        held_II = penalty * np.diag(scale * pruned_OI[row].numpy())
+        best_I = np.linalg.solve(h_II + held_II, h_II @ weight_OI[row].double().numpy())
+        # on the scale of the inputs the gradient has shrunk to 1e-4 and the least eigenvalue is above 0.01
+        assert (
+            np.abs((found_OI[row].numpy() - best_I) * np.sqrt(scale)).max()
+            <= 1e-2 * np.abs(best_I * np.sqrt(scale)).max()
+        )
+
+
+def test_a_large_penalty_leaves_least_squares_on_the_mask() -> None:
+    stats, weight_OI, pruned_OI = stats_of(inputs_of(24)), normal(5, 24, seed=1), normal(5, 24, seed=2) > 0
+    system = scaled(stats.gram_lower_II, 0.01)
+    found_OI = redense(weight_OI, pruned_OI, system, 1e6)
+    assert apart(found_OI, exact(weight_OI, pruned_OI, system).double().numpy()) <= 1e-2
+
+
+@pytest.mark.parametrize("budget", [Budget(0.6), TWO_OF_4], ids=label)
+def test_sds_is_sparsegpt_on_the_redensed_weights(budget: Budget) -> None:
+    stats, weight_OI = stats_of(inputs_of(40)), normal(16, 40, seed=3)
+    pattern = {"keep": budget.pattern.keep, "group": budget.pattern.group, "sparsity": budget.sparsity}
+    gram_II = stats.gram_II.double().numpy()
+    first = oracles.sparsegpt(weight_OI.numpy(), gram_II, **pattern)
+    dense_OI = redense(weight_OI, torch.from_numpy(first.pruned_OI), scaled(stats.gram_lower_II, 0.01), 3.0)
+    second = oracles.sparsegpt(dense_OI.numpy(), gram_II, **pattern)
+    found = method_of(Recipe(method="sds")).solve(Matrix("m", weight_OI), stats, budget)
+    assert np.array_equal(found.pruned_OI.numpy(), second.pruned_OI)
+    assert apart(found.weight_OI, second.weight_OI) <= 1e-4

@@ -163,6 +163,19 @@ def test_protected_layers_keep_their_width(tmp_path: Path) -> None:
     assert kept["model.layers.0 channel"] == kept["model.layers.2 channel"] == 48 > kept["model.layers.1 channel"]
 
 
+def test_a_model_in_memory_keeps_its_buffers(tmp_path: Path) -> None:
+    source = tiny.save("apertus", tmp_path / "dense")
+    resident = prune(tiny.build("apertus"), "group-magnitude", ratio=0.3)
+    prune(source, "group-magnitude", ratio=0.3, out=tmp_path / "out")
+    assert float((logits(resident.model) - logits(load(tmp_path / "out"))).abs().max()) <= 1e-5
+
+
+def test_experts_keep_sizes_that_their_products_take(tmp_path: Path) -> None:
+    source = tiny.save("mixtral", tmp_path / "dense")
+    with pytest.raises(UserError, match="round_to=4 gives the products of fused experts sizes"):
+        prune(source, "group-magnitude", ratio=0.2, width={"round_to": 4}, out=tmp_path / "out")
+
+
 def test_a_final_number_of_parameters(tmp_path: Path) -> None:
     source = tiny.save("qwen2", tmp_path / "dense")
     done = runner.cli(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import NamedTuple
 
 import torch
 
+from llmprune.engine.divergence import Variant
 from llmprune.recipe import nearest
 from llmprune.statistics import Stats
 from llmprune.types import Budget, MatrixSpec, UserError
@@ -21,11 +22,13 @@ Measured = Callable[[], Iterable[tuple[MatrixSpec, torch.Tensor, Stats]]]
 # Runs the calibration text through the model, with statistics of these kinds; calls back with every layer's
 # number and matrices, in order.
 Measure = Callable[[frozenset[str], Callable[[int, Measured], None]], None]
+# How far each of some variants is from the model on so many sequences of the calibration text (see `engine.divergence`).
+Diverge = Callable[[Sequence[Variant], int], list[float]]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The model before pruning, as an allocator sees it: the chosen matrices by layer, and three ways to read them.
+    """The model before pruning, as an allocator sees it: the chosen matrices by layer, and ways to read them.
 
     `scores` is as `weights`, with what each weight matters in place of its value.
     """
@@ -34,6 +37,7 @@ class Dense:
     weights: Values
     scores: Values
     measure: Measure
+    diverge: Diverge
 
     @property
     def specs(self) -> list[MatrixSpec]:
@@ -62,6 +66,7 @@ ALLOCATORS = {
     "owl": Entry("llmprune.allocation.owl:owl", measures=True),
     "dlp": Entry("llmprune.allocation.dlp:dlp", measures=True),
     "dynamic": Entry("llmprune.allocation.dynamic:dynamic", measures=True),
+    "evopress": Entry("llmprune.allocation.evopress:evopress", measures=True),
     "error": Entry("llmprune.allocation.error:error", measures=True),
 }
 

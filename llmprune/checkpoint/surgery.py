@@ -213,9 +213,10 @@ def graft(
         trainable = {name: one.requires_grad for name, one in old_layer.named_parameters()}
         prefix = f"{path}.{place}."
         layer = fresh.get_submodule(str(place))
-        layer.load_state_dict(
-            {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}, assign=True
-        )
+        # buffers that are stored and that no edit touches
+        kept = {name: one for name, one in old_layer.state_dict().items() if name not in trainable}
+        edited = {name.removeprefix(prefix): one for name, one in state.items() if name.startswith(prefix)}
+        layer.load_state_dict({**kept, **edited}, assign=True)
         layer.to(model.device)
         for name, parameter in layer.named_parameters():
             parameter.requires_grad_(trainable.get(name, False))

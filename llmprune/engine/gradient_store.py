@@ -1,13 +1,16 @@
 """Gradients of all matrices of a model, on disk until a matrix is scored.
 
-They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's.
+They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's, 34
+with those of a block Fisher.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,62 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from llmprune.arch.discover import Unit
-from llmprune.engine.gradients import loss_gradients, regional_gradients
+from llmprune.arch.discover import Unit, expert_blocks, find_units
+from llmprune.checkpoint.layer_lists import refuse_shared_layers
+from llmprune.engine.flow import flow_gradients
+from llmprune.engine.gradients import Found, loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
-from llmprune.statistics import REGIONAL, TURNED
-from llmprune.types import Gradient, MatrixSpec
+from llmprune.memory import within_reach
+from llmprune.statistics import FISHER, FLOW, REGIONAL, TURNED
+from llmprune.types import FISHER_BLOCK, Gradient, MatrixSpec, UserError
 from llmprune.weights import Loads
 
+# Takes gradients of the named parameters of every layer.
+Passes = Callable[[Trunk, Sequence[Sequence[str]]], Iterator[tuple[int, Found]]]
 # How far weights are moved along the gradient for a central difference, as a share of their norm. The error grows
 # with its square, but the share that float32 loses with its inverse.
 STEP = 1e-3
 
 
+def check_gradients(
+    name: str, kinds: frozenset[str], model: PreTrainedModel, units: list[Unit], device: torch.device
+) -> None:
+    """Whether the method `name`, which needs `kinds`, can take gradients in these units; raises UserError."""
+    refuse_shared_layers(model.config)
+    if len(units) > len(find_units(model, head=False)):
+        raise UserError(f"{name!r} takes gradients in decoder layers: leave out the output head")
+    if FLOW in kinds:
+        if any(True for unit in units for _ in expert_blocks(unit.module)):
+            raise UserError(f"{name!r} follows one input, and a router sends that to few of the experts")
+        return
+    if model.dtype == torch.float16:
+        raise UserError(f"gradients underflow in float16, so {name!r} needs another engine.dtype")
+    if FISHER in kinds:
+        _check_room(name, units, device)
+    if TURNED in kinds and model.dtype != torch.float32:
+        raise UserError(f"{name!r} takes differences of gradients: set engine.dtype to float32")
+
+
+def _check_room(name: str, units: list[Unit], device: torch.device) -> None:
+    """Whether the block Fisher of the largest layer fits into memory, and that of all on the disk; raises UserError."""
+    layers = [sum(spec.count for spec in unit.matrices) for unit in units]
+    folder = tempfile.gettempdir()
+    for where, needed, free in (
+        (f"{device} has", max(layers) * (FISHER_BLOCK + 4) * 4, within_reach(device)),
+        (f"{folder} has", sum(layers) * (FISHER_BLOCK + 2) * 4, shutil.disk_usage(folder).free),
+    ):
+        if needed > free:
+            raise UserError(
+                f"{name!r} keeps {FISHER_BLOCK} products of gradients a weight, {needed / 2**30:.1f} GiB: {where} "
+                f"{free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use 'fisher', which keeps their diagonal"
+            )
+
+
 class Gradients:
     """What `types.Gradient` says of some matrices, all of it taken when this is made.
 
-    `batches`: one sequence each. `kind`: of `statistics.OF_WEIGHTS`. `weights`: the dense ones.
+    `batches`: one sequence each; for `FLOW` a single token, whose identity does not matter. `kind`: of
+    `statistics.OF_WEIGHTS`. `weights`: the dense ones.
     """
 
     def __init__(
@@ -44,7 +87,8 @@ class Gradients:
         kind: str,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="llmprune-gradients-")
-        self._units, self._samples, self._turned = units, len(batches), kind == TURNED
+        self._units, self._samples = units, len(batches)
+        self._kinds = ["mean", "squares", *({TURNED: ["turned"], FISHER: ["blocks"]}.get(kind, []))]
         self._layer_of = {
             spec.parameter: index
             for index, unit in enumerate(units)
@@ -53,14 +97,20 @@ class Gradients:
         }
         names = [[one.removeprefix(unit.prefix) for one in self.parameters(unit)] for unit in units]
         weight_squares = gradient_squares = 0.0
-        passes = regional_gradients if kind == REGIONAL else loss_gradients
-        for index, found in passes(Trunk(model, units, batches, weights), names):
+        passes: dict[str, Passes] = {
+            REGIONAL: regional_gradients,
+            FLOW: flow_gradients,
+            FISHER: partial(loss_gradients, blocks=True),
+        }
+        for index, found in passes.get(kind, loss_gradients)(Trunk(model, units, batches, weights), names):
             self._save("mean", index, {name: one.mean_OI for name, one in found.items()})
             self._save("squares", index, {name: one.squares_OI for name, one in found.items()})
+            if kind == FISHER:
+                self._save("blocks", index, {name: one.blocks_RNBB for name, one in found.items()})
             gradient_squares += sum(float(one.mean_OI.double().square().sum()) for one in found.values())
             held = (units[index].module.get_parameter(name).detach() for name in found)
             weight_squares += sum(float(one.double().square().sum()) for one in held)
-        if self._turned and gradient_squares > 0:
+        if kind == TURNED and gradient_squares > 0:
             step = STEP * math.sqrt(weight_squares / gradient_squares)
             ahead, behind = (Trunk(model, units, batches, _Moved(weights, self, way * step)) for way in (1, -1))
             for index, found in loss_gradients(ahead, names):
@@ -76,10 +126,11 @@ class Gradients:
 
     def of(self, spec: MatrixSpec, device: torch.device) -> Gradient:
         """Those of one matrix, outputs x inputs."""
-        kinds = ("mean", "squares", "turned") if self._turned else ("mean", "squares")
-        read = (self.read(kind, spec.parameter, spec.index).to(device) for kind in kinds)
-        mean, squares, *turned = (one.T if spec.transposed else one for one in read)
-        return Gradient(mean, squares, self._samples, turned[0] if turned else None)
+        read = {kind: self.read(kind, spec.parameter, spec.index).to(device) for kind in self._kinds}
+        blocks_RNBB = read.pop("blocks", None)
+        mean_OI, squares_OI, *turned = (one.T if spec.transposed else one for one in read.values())
+        found_OI = turned[0] if turned else None
+        return Gradient(mean_OI, squares_OI, self._samples, found_OI, blocks_RNBB, by_columns=bool(spec.transposed))
 
     def read(self, kind: str, parameter: str, index: int | None = None) -> torch.Tensor:
         """One of the stored values of a parameter, or of a slice of it, as it is laid out."""
@@ -87,7 +138,7 @@ class Gradients:
             found: torch.Tensor = file.get_tensor(parameter) if index is None else file.get_slice(parameter)[index]
         return found
 
-    def _save(self, kind: str, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    def _save(self, kind: str, layer: int, tensors: dict[str, Any]) -> None:
         prefix = self._units[layer].prefix
         save_file({prefix + name: one.contiguous() for name, one in tensors.items()}, self._path(kind, layer))
 

@@ -13,14 +13,18 @@ import torch
 from torch import nn
 
 from llmprune.engine.trunk import States, Trunk, token_losses
-from llmprune.types import Gradient
+from llmprune.types import Gradient, in_blocks
 
 # Sums over the batches for some parameters of a layer, by their names in it.
 Found = dict[str, Gradient]
 
 
-def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterator[tuple[int, Found]]:
+def loss_gradients(
+    trunk: Trunk, parameters: Sequence[Sequence[str]], *, blocks: bool = False
+) -> Iterator[tuple[int, Found]]:
     """Of the mean loss of the next token, for the named parameters of every layer, from the last layer to the first.
+
+    `blocks`: with their products in blocks of weights, `FISHER_BLOCK` values more for each weight of the layer.
 
     Reads every layer twice: once forwards, keeping what enters it, and once backwards, running it again with autograd
     and handing the gradient of its input on to the layer below. A batch is one sample (see `Gradient`). Yields while
@@ -34,7 +38,7 @@ def loss_gradients(trunk: Trunk, parameters: Sequence[Sequence[str]]) -> Iterato
     above = [_of_loss(trunk, number, state) for number, state in enumerate(states)]
     for index in reversed(range(trunk.depth)):
         with trunk.loaded(index):
-            found, above = _backwards(trunk, index, entered.pop(), above, parameters[index])
+            found, above = _backwards(trunk, index, entered.pop(), above, parameters[index], blocks)
             yield index, found
 
 
@@ -68,16 +72,20 @@ def _of_loss(trunk: Trunk, batch: int, state: torch.Tensor) -> torch.Tensor:
         return torch.autograd.grad(loss, state)[0]
 
 
-def _none(parameter: torch.Tensor) -> Gradient:
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return Gradient(torch.zeros_like(parameter, dtype=dtype), torch.zeros_like(parameter, dtype=dtype))
+def _none(parameter: torch.Tensor, blocks: bool) -> Gradient:
+    zeros = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+    rows = in_blocks(zeros) if blocks else None
+    outer = None if rows is None else rows.new_zeros(*rows.shape, rows.shape[-1])
+    return Gradient(zeros, zeros.clone(), blocks_RNBB=outer)
 
 
-def _backwards(trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str]) -> tuple[Found, States]:
+def _backwards(
+    trunk: Trunk, index: int, entered: States, above: States, names: Sequence[str], blocks: bool = False
+) -> tuple[Found, States]:
     """Sums for a loaded layer, and the gradients of its inputs, from those of its outputs (`above`)."""
     module = trunk.units[index].module
     parameters = {name: module.get_parameter(name) for name in names}
-    found = {name: _none(one) for name, one in parameters.items()}
+    found = {name: _none(one, blocks) for name, one in parameters.items()}
     counts = [batch["input_ids"][:, 1:].numel() for batch in trunk.batches]
     below: States = []
     with differentiated(list(parameters.values())):

@@ -12,7 +12,7 @@ from llmprune.methods.composed import REFINEMENTS, UPDATES, Composed
 from llmprune.methods.weight.scored import Scored
 from llmprune.recipe import Recipe, nearest
 from llmprune.scores import SCORES, Score
-from llmprune.statistics import GRADIENTS, TURNED
+from llmprune.statistics import OF_WEIGHTS
 from llmprune.types import UserError
 
 METHODS = {
@@ -25,6 +25,10 @@ METHODS = {
     "obc": "llmprune.methods.weight.obc:Obc",
     "dsnot": "llmprune.methods.weight.dsnot:Dsnot",
     "admm": "llmprune.methods.weight.admm:Admm",
+    "sds": "llmprune.methods.weight.sds:Sds",
+    "losparse": "llmprune.methods.weight.losparse:LoSparse",
+    "obert": "llmprune.methods.weight.obert:Obert",
+    "chita": "llmprune.methods.weight.chita:Chita",
     "keep-first": "llmprune.methods.depth.keep_first:KeepFirst",
     "shortgpt": "llmprune.methods.depth.shortgpt:ShortGPT",
     "angular": "llmprune.methods.depth.angular:Angular",
@@ -89,6 +93,7 @@ PRESETS = {
     "lm": Preset("scored", allocation="global", options={"score": "taylor"}, paper="arXiv:2006.12421"),
     "qm": Preset("scored", allocation="global", options={"score": "quadratic"}, paper="arXiv:2006.12421"),
     "grasp": Preset("scored", allocation="global", options={"score": "grasp"}, paper="arXiv:2002.07376"),
+    "synflow": Preset("scored", allocation="global", options={"score": "synflow"}, paper="arXiv:2006.05467"),
     "gblm": Preset("scored", options={"score": "gblm"}, paper="arXiv:2311.04902"),
     "pruner-zero": Preset("scored", options={"score": "pruner-zero"}, paper="arXiv:2406.02924"),
     "wanda++": Preset("scored", reconstruct=3, options={"score": "regional"}, paper="arXiv:2503.04992"),
@@ -114,7 +119,7 @@ def score_of(method: Any) -> Score:
     """The score by which a method's weights compare over the whole model: its own if it needs no inputs, else |w|."""
     method = method.method if isinstance(method, Composed) else method
     score = SCORES[method.score] if isinstance(method, Scored) else SCORES["magnitude"]
-    return score if score.needs <= {GRADIENTS, TURNED} else SCORES["magnitude"]
+    return score if score.needs <= OF_WEIGHTS else SCORES["magnitude"]
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -130,7 +135,11 @@ def method_of(recipe: Recipe) -> Any:
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
     refine, update = (None if one == "none" else one for one in (refine, update))
-    return Composed(method, refine, update, strength) if refine or update or strength else method
+    if not (refine or update or strength):
+        return method
+    if method.output != "plain":
+        raise UserError(f"{recipe.method!r} has no mask to refine or update: leave out refine, update and retarget")
+    return Composed(method, refine, update, strength)
 
 
 def method_class(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmprune.arch.discover import Unit, find_units
-from llmprune.calibration import check_vocabulary
+from llmprune.calibration import check_vocabulary, load_tokenizer, longest
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
@@ -22,7 +22,7 @@ from llmprune.engine import schedule
 from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
-from llmprune.job import load_tokenizer, longest, versions
+from llmprune.job import versions
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_options

@@ -16,14 +16,14 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.calibration import check_vocabulary
+from llmprune.calibration import check_vocabulary, load_tokenizer, longest
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import Routing, load_config
 from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device
 from llmprune.eval.perplexity import open_model
-from llmprune.job import load_tokenizer, longest, versions
+from llmprune.job import versions
 from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
 from llmprune.recovery.data import read_corpus

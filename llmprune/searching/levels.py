@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from llmprune.job import Job
+from llmprune.level_store import LevelStore
 from llmprune.methods import epochs_of
 from llmprune.plan import select_matrices
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.searching.asked import recipe_at
-from llmprune.statistics import DRIFT, Stats
+from llmprune.statistics import DRIFT, OF_WEIGHTS, Stats
 from llmprune.types import Matrix, MatrixSpec, UserError
-from llmprune.weights import Streamed, stored_matrix
+from llmprune.weights import Streamed, swapped
 
 
 class Levels:
     """The layers of a model at each of some amounts, by one method: a file a layer and amount, of stored dtype.
 
-    The idea is the level database of Frantar & Alistarh 2022 (arXiv:2208.11580, section 6): solve once, then put
-    together any choice of levels. A layer alone has exactly the weights of a run that prunes only this layer (schedule
-    `layer`); several together lack what a run adds, that later layers see the pruned ones before them.
+    A layer alone has exactly the weights of a run that prunes only this layer (schedule `layer`); several together lack
+    what a run adds, that later layers see the pruned ones before them.
 
-    `base`: the recipe but for the amount; `dense` gives the loaded model in which layers are put together. Raises UserError for a method whose solution depends on other layers, and
-    if the disk is too small.
+    `base`: the recipe but for the amount; `dense` gives the loaded model in which layers are put together. Raises
+    UserError for a method whose solution depends on other layers or on gradients, and if the disk is too small.
     """
 
     def __init__(
@@ -45,14 +43,14 @@ class Levels:
     ) -> None:
         # the amount is only there to make it a whole recipe: it must not decide the fingerprint
         self._job = Job(base, None, None, None, None)
-        if DRIFT in self._job.method.needs or epochs_of(base):
+        if self._job.method.needs & (OF_WEIGHTS | {DRIFT}) or epochs_of(base):
             raise UserError(
-                f"{base.method!r} also needs the dense model's outputs, so its layers cannot be solved one by one; "
+                f"{base.method!r} also needs the dense model's outputs or gradients, so its layers cannot be solved one by one; "
                 "scan, or search for a budget, with a plain method such as admm or sparsegpt"
             )
         self._recipes = {amount: recipe_at(base, base.method, amount) for amount in amounts}
         self._dense, self._reporter = dense, reporter
-        self._folder = folder / self._job.fingerprint()[:16]
+        self._store = LevelStore(folder / self._job.fingerprint()[:16])
         self.layers = [unit.name for unit in self._job.plan.chosen_units()]
 
     def build(self) -> None:
@@ -60,7 +58,7 @@ class Levels:
         missing = {
             amount: recipe
             for amount, recipe in self._recipes.items()
-            if not all(self._file(amount, number).is_file() for number in range(len(self.layers)))
+            if not all(self._store.has(amount, number) for number in range(len(self.layers)))
         }
         if not missing:
             return
@@ -68,17 +66,18 @@ class Levels:
         budgets = {amount: job.budgets(recipe) for amount, recipe in missing.items()}
         assert job.checkpoint is not None
         weights = Streamed(job.model, job.checkpoint, None, job.plan.units, job.dtype, job.device)
-        self._make_room(len(missing), weights)
+        size = sum(spec.count * weights.storage_dtype(spec.parameter).itemsize for spec in job.plan.specs())
+        self._store.make_room(len(missing), size)
 
         def solve(number: int, matrices: Iterable[tuple[MatrixSpec, torch.Tensor, Stats | None]]) -> None:
-            open_amounts = [amount for amount in missing if not self._file(amount, number).is_file()]
+            open_amounts = [amount for amount in missing if not self._store.has(amount, number)]
             found: dict[str, dict[str, torch.Tensor]] = {amount: {} for amount in open_amounts}
             for spec, weight_OI, stats in matrices:
                 for amount in open_amounts:
                     edit = job.method.solve(Matrix(spec.name, weight_OI), stats, budgets[amount][spec.name])
                     found[amount][spec.name] = _stored(edit.weight_OI.masked_fill(edit.pruned_OI, 0), spec, weights)
             for amount, tensors in found.items():
-                self._save(amount, number, tensors)
+                self._store.save(amount, number, tensors)
             self._reporter.say(f"{job.recipe.method}: {self.layers[number]} solved at {', '.join(open_amounts)}")
 
         dense = job.dense()
@@ -96,40 +95,10 @@ class Levels:
         self.build()
         model, tokenizer = self._dense()
         units = select_matrices(model, self._job.recipe).chosen_units()
-        kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
+        with ExitStack() as stack:
             for number in numbers:
-                solved = load_file(self._file(amount, number))
-                for spec in units[number].matrices:
-                    if spec.name in solved:
-                        place = stored_matrix(units[number], spec)
-                        kept.append((place, place.clone()))
-                        place.copy_(solved[spec.name])
+                stack.enter_context(swapped(units[number], self._store.load(amount, number)))
             yield model, tokenizer
-        finally:
-            for place, before in kept:
-                place.copy_(before)
-
-    def _save(self, amount: str, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        path = self._file(amount, number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".writing")
-        save_file(tensors, temporary)
-        temporary.rename(path)
-
-    def _make_room(self, amounts: int, weights: Streamed) -> None:
-        specs = self._job.plan.specs()
-        needed = amounts * sum(spec.count * weights.storage_dtype(spec.parameter).itemsize for spec in specs)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise UserError(
-                f"{amounts} amounts of every layer take {needed / 2**30:.1f} GiB, {self._folder} has {free / 2**30:.1f} "
-                "free; give fewer amounts"
-            )
-
-    def _file(self, amount: str, number: int) -> Path:
-        return self._folder / amount.replace(":", "-") / f"{number}.safetensors"
 
 
 def _stored(weight_OI: torch.Tensor, spec: MatrixSpec, weights: Streamed) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llmprune.kernels.product import product_nt
@@ -27,16 +29,49 @@ def least_squares(
     `TOLERANCE` of its right-hand side.
     """
     kept_OI = (~pruned_OI).to(target_OI.dtype)
+
+    def apply(x_OI: torch.Tensor) -> torch.Tensor:
+        return product_nt(x_OI, system.matrix_II).mul_(kept_OI)
+
     goal_OI = target_OI * system.scale_I
     x_OI = (goal_OI if start_OI is None else start_OI * system.scale_I) * kept_OI
-    residual_OI = _apply(goal_OI - x_OI, system, kept_OI)
-    limit_O = _apply(goal_OI, system, kept_OI).square().sum(1) * TOLERANCE**2
+    return _descend(x_OI, apply(goal_OI - x_OI), apply(goal_OI), apply, steps) / system.scale_I
+
+
+def redense(target_OI: torch.Tensor, pruned_OI: torch.Tensor, system: Scaled, penalty: float) -> torch.Tensor:
+    """Minimise tr((V - target) H (V - target)') + penalty * (sum of the squares of V where `pruned_OI`).
+
+    On the scale of the unit diagonal, by the same conjugate gradients, from the target. Without a penalty that is the
+    target itself; the larger it is, the closer to `least_squares` on the mask.
+    """
+    # in y = x / shrink the diagonal is one again
+    shrink_OI = (1 + penalty * pruned_OI).rsqrt()
+    ridge_OI = penalty * pruned_OI * shrink_OI.square()
+
+    def apply(y_OI: torch.Tensor) -> torch.Tensor:
+        return product_nt(y_OI * shrink_OI, system.matrix_II).mul_(shrink_OI).addcmul_(ridge_OI, y_OI)
+
+    goal_OI = target_OI * system.scale_I
+    right_OI = product_nt(goal_OI, system.matrix_II).mul_(shrink_OI)
+    y_OI = goal_OI / shrink_OI
+    return _descend(y_OI, right_OI - apply(y_OI), right_OI, apply, 100) * shrink_OI / system.scale_I
+
+
+def _descend(
+    x_OI: torch.Tensor,
+    residual_OI: torch.Tensor,
+    right_OI: torch.Tensor,
+    apply: Callable[[torch.Tensor], torch.Tensor],
+    steps: int,
+) -> torch.Tensor:
+    """Conjugate gradients for `apply(x) = right`, every row by itself; overwrites x and its residual."""
+    limit_O = right_OI.square().sum(1) * TOLERANCE**2
     direction_OI = residual_OI.clone()
     square_O = residual_OI.square().sum(1)
     for _ in range(steps):
         if bool((square_O <= limit_O).all()):
             break
-        image_OI = _apply(direction_OI, system, kept_OI)
+        image_OI = apply(direction_OI)
         curvature_O = (direction_OI * image_OI).sum(1)
         length_O = torch.where(curvature_O > 0, square_O / curvature_O, 0.0)
         x_OI.addcmul_(direction_OI, length_O[:, None])
@@ -44,8 +79,4 @@ def least_squares(
         before_O, square_O = square_O, residual_OI.square().sum(1)
         ratio_O = torch.where(before_O > 0, square_O / before_O, 0.0)
         direction_OI.mul_(ratio_O[:, None]).add_(residual_OI)
-    return x_OI / system.scale_I
-
-
-def _apply(x_OI: torch.Tensor, system: Scaled, kept_OI: torch.Tensor) -> torch.Tensor:
-    return product_nt(x_OI, system.matrix_II).mul_(kept_OI)
+    return x_OI

@@ -84,7 +84,9 @@ def main() -> None:
         results[name] = {"text": text, "dense": perplexity(model, text.evaluation)}
         for method in arguments.methods:
             for label, amount in AMOUNTS.items():
-                results[name][f"{method} {label}"] = one(model, text, method, amount, arguments.schedule)
+                results[name][f"{method} {label}"] = one(
+                    model, text, amount, method=method, schedule=arguments.schedule
+                )
         print(name, {key: round(value["ppl"], 3) for key, value in results[name].items() if key != "text"}, flush=True)
     rows = [
         [f"{name} (dense {found['dense']['ppl']:.3f})", method]
@@ -105,19 +107,19 @@ def main() -> None:
     record.save(arguments.name, save, record.table(["model", "method", *AMOUNTS], rows) + note)
 
 
-def one(model: Path, text: Text, method: str, amount: dict[str, Any], schedule: str) -> dict[str, Any]:
+def one(model: Path, text: Text, amount: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Prune and measure; `settings` are recipe keys."""
     ignore = misfit(model, amount)
     with tempfile.TemporaryDirectory() as folder:
         result = llmprune.prune(
             model,
             out=Path(folder) / "out",
-            method=method,
             calibration=text.calibration,
             samples=64,
             seqlen=256,
-            schedule=schedule,
             ignore=ignore,
             **amount,
+            **settings,
         )
         measured = perplexity(Path(folder) / "out", text.evaluation)
     return {**measured, "seconds": result.report["run"]["seconds"], "left_dense": ignore}

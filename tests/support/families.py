@@ -6,6 +6,7 @@ from typing import Any
 
 import tiny
 from transformers import (
+    ApertusConfig,
     ArceeConfig,
     FalconConfig,
     Gemma2Config,
@@ -39,6 +40,7 @@ MORE: dict[str, Any] = {
     "starcoder2": Starcoder2Config(**WIDE),
     "olmoe": OlmoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2),
     "arcee": ArceeConfig(**WIDE, head_dim=4),
+    "apertus": ApertusConfig(**WIDE),  # its activation holds buffers
     "glm": GlmConfig(**WIDE, head_dim=8),
     "phi": PhiConfig(**WIDE),
     "falcon-mha": FalconConfig(**tiny.SIZES, **tiny.SPECIAL, multi_query=False, alibi=True, max_position_embeddings=64),
