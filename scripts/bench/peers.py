@@ -7,46 +7,29 @@
 
 llm-compressor lives in a virtual environment of its own (`--env`), built on the first call; llmprune is taken
 from the interpreter that runs this script. Every run is a fresh process on the CPU, and the sides take turns.
-Those processes run this file too (`worker`), hence nothing but the standard library at the top. Linux only:
-memory and the load of other jobs come from /proc. Time it on a quiet machine: a second busy job stretches
-the peer's many small parallel steps far more than its share of the cores.
+Linux only: memory and the load of other jobs come from /proc. Time it on a quiet machine: a second busy job
+stretches the peer's many small parallel steps far more than its share of the cores.
 """
 
 import argparse
 import importlib.util
 import json
-import os
-import platform
-import resource
 import shlex
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from peer_workers import BATCH, LENGTH, MODEL, SEED, SEQUENCES
+from processes import ROOT, Record, build_env, call, hardware, watched
+
 PINS = {"torch": "2.13.0", "llmcompressor": "0.14.0.1"}
-MODEL = {
-    "num_hidden_layers": 4,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "vocab_size": 32000,
-}
-SEQUENCES, LENGTH, SEED, BATCH = 32, 512, 0, 8
 SCHEDULES = {"sparsegpt": ("layer", "module"), "wanda": ("layer",)}
 TOOLS = ("llm-compressor", "llmprune")
 PHASES = ("load", "prune", "save", "total")
-
-Record = dict[str, Any]
 
 
 class Side(NamedTuple):
@@ -58,195 +41,9 @@ class Side(NamedTuple):
     options: Record
 
 
-# ---- workers: each runs in a process of its own, takes a job and returns a record for JSON ----
-
-
-def timed(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
-    """The value of a call and the seconds that it took."""
-    start = time.perf_counter()
-    value = call(*args, **options)
-    return value, time.perf_counter() - start
-
-
-def memory(field: str) -> int:
-    """This process's `VmHWM` (peak) or `VmRSS` (current) in bytes.
-
-    Not `ru_maxrss`, which survives exec: a child would start with the peak of its parent.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def software(*names: str) -> Record:
-    """Versions of Python and the named distributions (`checkout`: on the path only), and torch's threads."""
-    import torch
-
-    found = {"threads": torch.get_num_threads(), "python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "checkout"
-    return found
-
-
-def write_inputs(job: Record) -> Record:
-    """Write the random Llama with a word-level tokenizer, and the random calibration tokens."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(SEED)
-    config = LlamaConfig(**MODEL, max_position_embeddings=LENGTH, dtype="float32")
-    LlamaForCausalLM(config).save_pretrained(job["model"])
-    words = {f"w{i}": i for i in range(MODEL["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(job["model"])
-    tokens = torch.randint(MODEL["vocab_size"], (SEQUENCES, LENGTH))
-    Path(job["tokens"]).write_text(json.dumps(tokens.tolist()))
-    return {}
-
-
-def peer_modifier(method: str, amount: str) -> Any:
-    """llm-compressor's modifier; its N:M counts the weights removed, ours those kept."""
-    from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
-    from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
-
-    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
-    if ":" in amount:
-        keep, group = map(int, amount.split(":"))
-        settings = {"sparsity": 1 - keep / group, "mask_structure": f"{group - keep}:{group}"}
-    else:
-        settings = {"sparsity": float(amount), "mask_structure": "0:0"}
-    return modifier(**settings, targets=["Linear"], ignore=["re:.*lm_head"])
-
-
-def run_peer(job: Record) -> Record:
-    """Prune with llm-compressor: loading, `oneshot` and saving on three clocks, imports on none."""
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokens = json.loads(Path(job["tokens"]).read_text())
-    dataset = Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * len(row) for row in tokens]})
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    recipe = peer_modifier(job["method"], job["amount"])
-    before = memory("VmRSS")
-    model, load = timed(AutoModelForCausalLM.from_pretrained, job["model"], dtype=job["dtype"])
-    _, prune = timed(
-        oneshot,
-        model=model,
-        tokenizer=tokenizer,
-        recipe=recipe,
-        dataset=dataset,
-        num_calibration_samples=len(tokens),
-        max_seq_length=max(map(len, tokens)),
-        shuffle_calibration_samples=False,
-        batch_size=job["batch_size"],
-    )
-    _, save = timed(model.save_pretrained, job["out"])
-    tokenizer.save_pretrained(job["out"])
-    return {
-        "seconds": {"load": load, "prune": prune, "save": save, "total": load + prune + save},
-        "memory": {"before": before, "peak": memory("VmHWM")},
-        "software": software("torch", "transformers", "llmcompressor"),
-    }
-
-
-def run_ours(job: Record) -> Record:
-    """Prune with llmprune: one call that loads, prunes and saves; imports are on no clock."""
-    from llmprune import prune
-
-    tokens = json.loads(Path(job["tokens"]).read_text())
-    amount = {"pattern": job["amount"]} if ":" in job["amount"] else {"sparsity": float(job["amount"])}
-    before = memory("VmRSS")
-    _, total = timed(
-        prune,
-        job["model"],
-        **amount,
-        method=job["method"],
-        calibration=tokens,
-        seqlen=max(map(len, tokens)),
-        samples=len(tokens),
-        batch_size=job["batch_size"],
-        schedule=job["schedule"],
-        out=job["out"],
-        seed=SEED,
-        overwrite=True,
-    )
-    return {
-        "seconds": {"total": total},
-        "memory": {"before": before, "peak": memory("VmHWM")},
-        "software": software("torch", "transformers", "llmprune"),
-    }
-
-
-def count_zeros(job: Record) -> Record:
-    """Fraction of zeros among the matrices of the decoder layers of a saved checkpoint."""
-    from safetensors import safe_open
-
-    zeros = total = 0
-    for shard in sorted(Path(job["out"]).glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            names = file.keys()
-            tensors = [file.get_tensor(name) for name in names if ".layers." in name]
-        matrices = [tensor for tensor in tensors if tensor.ndim > 1]
-        zeros += sum(int((tensor == 0).sum()) for tensor in matrices)
-        total += sum(tensor.numel() for tensor in matrices)
-    if not total:
-        raise ValueError(f"no matrix of a decoder layer in {job['out']}")
-    return {"sparsity": zeros / total}
-
-
-WORKERS = {"inputs": write_inputs, "peer": run_peer, "ours": run_ours, "zeros": count_zeros}
-
-
-# ---- driver: environment and runs ----
-
-
-def build_env(env: Path) -> Path:
-    """The interpreter of the peer's virtual environment, which is made and filled (torch first) if needed."""
-    python = env / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", env], check=True)
-    for name, pin in PINS.items():
-        probe = f"from importlib.metadata import version; print(version({name!r}))"
-        found = subprocess.run([python, "-c", probe], check=False, capture_output=True, text=True)
-        if found.stdout.strip().split("+")[0] != pin:
-            print(f"installing {name}=={pin}", file=sys.stderr, flush=True)
-            subprocess.run([python, "-m", "pip", "install", "--quiet", f"{name}=={pin}"], check=True)
-    return python
-
-
-def call(python: Path | str, worker: str, **job: Any) -> Record:
-    """Run one worker in a fresh process of `python`, offline and on the CPU; show its output if it fails."""
-    quiet = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryDirectory() as scratch:
-        result, log = Path(scratch) / "result.json", Path(scratch) / "log"
-        command = [python, __file__, "worker", worker, json.dumps(job, default=str), result]
-        with log.open("w") as output:
-            env = os.environ | quiet
-            process = subprocess.run(command, check=False, env=env, stdout=output, stderr=output)
-        if process.returncode:
-            raise SystemExit(f"{log.read_text()[-4000:]}\nworker {worker!r} failed on {job}")
-        return json.loads(result.read_text())
-
-
-def machine_seconds() -> float:
-    """CPU seconds that the machine has spent since it started on anything but our children."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(
-        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
-    )
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-    return spent - children.ru_utime - children.ru_stime
-
-
 def measure(python: Path, side: Side, job: Record) -> Record:
     """One run of a side: its record, the sparsity it saved, and how many cores others kept busy meanwhile."""
-    foreign = machine_seconds()
-    record, wall = timed(call, side.python, side.worker, **job, **side.options)
-    record["other_cores"] = max(0.0, (machine_seconds() - foreign) / wall)
+    record = watched(side.python, side.worker, **job, **side.options)
     record |= call(python, "zeros", out=job["out"])
     shutil.rmtree(job["out"])
     seconds, peak = record["seconds"]["total"], record["memory"]["peak"] / 2**30
@@ -255,23 +52,24 @@ def measure(python: Path, side: Side, job: Record) -> Record:
     return record
 
 
-def sides(python: Path, method: str, args: argparse.Namespace) -> list[Side]:
+def sides(python: Path, job: Record, args: argparse.Namespace) -> list[Side]:
     """What takes turns: the peer at each batch size, then ours by each schedule."""
-    peers = [Side("peer", f"batch {size}", python, {"batch_size": size}) for size in args.peer_batch_size]
-    schedules = () if args.peer_only else SCHEDULES[method]
-    options = {"batch_size": BATCH}
-    return peers + [Side("ours", name, sys.executable, options | {"schedule": name}) for name in schedules]
+    peer, own = TOOLS
+    peers = [Side(peer, f"batch {size}", python, {"batch_size": size}) for size in args.peer_batch_size]
+    schedules = () if args.peer_only else SCHEDULES[job["method"]]
+    amount = {"pattern": job["amount"]} if ":" in job["amount"] else {"sparsity": float(job["amount"])}
+    settings = {"method": job["method"], **amount, "batch_size": BATCH}
+    return peers + [Side(own, name, sys.executable, {"settings": settings | {"schedule": name}}) for name in schedules]
 
 
 def run_case(python: Path, job: Record, args: argparse.Namespace) -> Record:
     """All repeats of one method and amount, and the ratios to the peer at its fastest batch size."""
-    plan = sides(python, job["method"], args)
+    plan = sides(python, job, args)
     runs: dict[str, list[Record]] = {side.label: [] for side in plan}
     for _ in range(args.repeats):
         for side in plan:
             runs[side.label].append(measure(python, side, job))
-    peers = {side.label: summarize(runs[side.label]) for side in plan if side.worker == "peer"}
-    ours = {side.label: summarize(runs[side.label]) for side in plan if side.worker == "ours"}
+    peers, ours = ({side.label: summarize(runs[side.label]) for side in plan if side.worker == tool} for tool in TOOLS)
     fastest = min(peers, key=lambda label: peers[label]["seconds"]["prune"]["median"])
     return {
         "method": job["method"],
@@ -310,15 +108,6 @@ def ratios(peer: Record, ours: Record) -> dict[str, float]:
 
 
 # ---- record ----
-
-
-def hardware() -> Record:
-    """What the numbers depend on, without names of machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0))
-    return {"cpu": cpu, "architecture": platform.machine(), "cores": cores, "gib": round(size / 2**30, 1)}
 
 
 def command_line(args: argparse.Namespace) -> str:
@@ -388,7 +177,7 @@ def markdown(record: Record) -> str:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Run every case and write the JSON record and its Markdown page."""
-    python = build_env(args.env)
+    python = build_env(args.env, PINS)
     amounts = [str(args.sparsity)] + ([args.pattern] if args.pattern else [])
     with tempfile.TemporaryDirectory(dir=args.env) as scratch:
         inputs = {"model": f"{scratch}/model", "tokens": f"{scratch}/tokens.json"}
@@ -418,11 +207,11 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def quality(args: argparse.Namespace) -> None:
     """Prune one model with the peer alone, leave it in `--out` and print what was measured."""
-    python = build_env(args.env)
+    python = build_env(args.env, PINS)
     settings = {"method": args.method[0], "amount": args.pattern or str(args.sparsity), "dtype": args.dtype}
     settings["batch_size"] = args.peer_batch_size[0]
     paths = {"model": args.model, "tokens": args.calibration_tokens, "out": args.out}
-    record = call(python, "peer", **paths, **settings)
+    record = call(python, TOOLS[0], **paths, **settings)
     print(json.dumps({**settings, **record, **call(python, "zeros", out=args.out)}, indent=2))
 
 
@@ -463,11 +252,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """A worker's process, the quality mode or the comparison."""
-    if sys.argv[1:2] == ["worker"]:
-        _, _, worker, job, result = sys.argv
-        Path(result).write_text(json.dumps(WORKERS[worker](json.loads(job))))
-        return
+    """The quality mode or the comparison."""
     args = parse()
     (quality if args.quality else benchmark)(args)
 

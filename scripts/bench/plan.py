@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import memory
-import peers
+import peer_workers
 import record
 
 SMALL, WIDE = "4 layers of 1024, 32 x 512 tokens, float32", "2 layers of 4096, 8 x 256 tokens, stored in bfloat16"
@@ -49,7 +49,7 @@ def main() -> None:
         small, wide = Path(scratch) / "small", Path(scratch) / "wide"
         for folder in (small, wide):
             folder.mkdir()
-        peers.write_inputs({"model": small / "model", "tokens": small / "tokens.json"})
+        peer_workers.write_inputs({"model": small / "model", "tokens": small / "tokens.json"})
         memory.make_checkpoint(wide / "model", 2)
         (wide / "tokens.json").write_text(json.dumps([[(7 * i + j) % 8192 for j in range(256)] for i in range(8)]))
         for name, settings in CASES:

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import peers
+import peer_workers
 import record
 from safetensors.torch import load_file
 
@@ -38,7 +38,7 @@ def worker(folder: Path, method: str, schedule: str) -> None:
     import llmprune
 
     tokens = json.loads((folder / "tokens.json").read_text())
-    out, sizes = folder / "out", {"batch_size": peers.BATCH, "schedule": schedule}
+    out, sizes = folder / "out", {"batch_size": peer_workers.BATCH, "schedule": schedule}
     llmprune.prune(folder / "model", out=out, overwrite=True, method=method, sparsity=0.5, calibration=tokens, **sizes)
 
 
@@ -93,7 +93,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        peers.write_inputs({"model": folder / "model", "tokens": folder / "tokens.json"})
+        peer_workers.write_inputs({"model": folder / "model", "tokens": folder / "tokens.json"})
         load = os.getloadavg()[0]
         times = {name: timed(folder, *case, arguments.repeats) for name, case in TIMED.items()}
         agree = {method: agreement(folder, method) for method in COMPARED}

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peers
+import peer_workers
 import record
 
 PARTS = {
@@ -87,7 +87,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        peers.write_inputs({"model": folder / "model", "tokens": folder / "tokens.json"})
+        peer_workers.write_inputs({"model": folder / "model", "tokens": folder / "tokens.json"})
         measured = {
             schedule: {
                 "profile": worker(folder, schedule, {}, {}, "yes"),
