@@ -51,6 +51,18 @@ class Tokens:
             digest.update(one.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """What the report says of the text."""
+        return {
+            "source": self.source,
+            "hash": self.digest(),
+            "sequences": len(self.sequences),
+            "tokens": self.total,
+            "longest": max(len(one) for one in self.sequences),
+            "bos": self.bos,
+            "warnings": list(self.warnings),
+        }
+
     def batches(self, size: int) -> list[torch.Tensor]:
         """At most `size` sequences a batch, all of one length, in a fixed order."""
         by_length: dict[int, list[torch.Tensor]] = {}

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
-import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmprune import __version__, calibration
+from llmprune import calibration, record
 from llmprune.allocation import Dense, Measured, allocator, entry
+from llmprune.arch.discover import parameter_count
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.adapter import FOLDER, write_adapter
 from llmprune.checkpoint.remote import add_code, trusted
@@ -42,7 +40,7 @@ from llmprune.progress import Reporter
 from llmprune.ranks import current
 from llmprune.recipe import Recipe
 from llmprune.reordering import Reordering, check_reordering, find_orders
-from llmprune.result import Result, warnings_of
+from llmprune.result import Result
 from llmprune.statistics import OF_WEIGHTS, of_text
 from llmprune.types import Budget, MatrixSpec, UserError
 from llmprune.weights import REST, Resident, Streamed
@@ -144,7 +142,7 @@ class Job:
             "recipe": self.recipe.model_dump(exclude={"model"}),
             "model": self.checkpoint.fingerprint() if self.checkpoint else None,
             "tokens": self.tokens.digest() if self.tokens else None,
-            "versions": versions(),
+            "versions": record.versions(),
             "device": self.device.type,
             "kernels": dispatch.fingerprint(self.device),
         }
@@ -200,7 +198,7 @@ class Job:
             "recipe": self.recipe.model_dump(mode="json"),
             "tensors": rows,
             "left_alone": self.plan.left_alone,
-            "calibration": self._describe_calibration(),
+            "calibration": self.tokens.describe() if self.tokens else None,
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
             "forecast": as_record(look_ahead(self, self._weights(writing=False))),
         }
@@ -312,19 +310,6 @@ class Job:
     def _logits_in_memory(self, ids: torch.Tensor) -> torch.Tensor:
         return logits(self.model, ids)
 
-    def _describe_calibration(self) -> dict[str, Any] | None:
-        if self.tokens is None:
-            return None
-        return {
-            "source": self.tokens.source,
-            "hash": self.tokens.digest(),
-            "sequences": len(self.tokens.sequences),
-            "tokens": self.tokens.total,
-            "longest": max(len(one) for one in self.tokens.sequences),
-            "bos": self.tokens.bos,
-            "warnings": list(self.tokens.warnings),
-        }
-
     def _report(
         self,
         weights: Streamed | Resident,
@@ -332,28 +317,19 @@ class Job:
         started: float,
         verified: str,
     ) -> dict[str, Any]:
-        units = [weights.records[unit.name] for unit in self.plan.units]
-        tensors = [row for unit in units for row in unit["tensors"]]
-        left_alone = dict(self.plan.left_alone)
-        for unit in units:
-            left_alone.update(unit["left_alone"])
-        if isinstance(weights, Streamed):
-            left_alone.update(dict.fromkeys(weights.unused, "not used by the model class; carried over as it is"))
-        tied = self.model.all_tied_weights_keys
-        params = sum(one.numel() for name, one in self.model.named_parameters() if name not in tied)
+        found = record.of_matrices(self.plan, weights, self.tokens)
+        params, zeros = (
+            parameter_count(self.model),
+            (one["achieved"] + one["notes"].get("zeros_beyond_plan", 0) for one in found["tensors"]),
+        )
         described = self._describe_run(memory, started)
-        described["run"]["matrix_seconds"] = {name: value for unit in units for name, value in unit["seconds"].items()}
+        described["run"]["matrix_seconds"] = {
+            name: value for unit in self.plan.units for name, value in weights.records[unit.name]["seconds"].items()
+        }
         return {
             **described,
-            "tensors": tensors,
-            "layers": [{"name": unit.name, "fit": weights.records[unit.name]["fit"]} for unit in self.plan.units],
-            "left_alone": left_alone,
-            "totals": {
-                "params_before": params,
-                "params_after": params,
-                "zeros": sum(row["achieved"] + row["notes"].get("zeros_beyond_plan", 0) for row in tensors),
-            },
-            "warnings": list(warnings_of(tensors, self.tokens)),
+            **found,
+            "totals": {"params_before": params, "params_after": params, "zeros": sum(zeros)},
             "verified": verified,
         }
 
@@ -361,25 +337,15 @@ class Job:
         """The part of the report that every kind of job has: what was asked, on what, and what it took."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
-            "versions": versions(),
+            "versions": record.versions(),
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "calibration": self._describe_calibration(),
+            "calibration": self.tokens.describe() if self.tokens else None,
             "layout": "remote-code" if hasattr(self.config, "pruned_layers") else "plain",
             "run": {
-                "seconds": round(time.perf_counter() - started, 3),
-                "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
+                **record.cost(memory, started, self.ranks.count),
                 "kernels": self._kernels,
                 "forecast": as_record(self.forecast),
                 "notes": self.notes,
-                "processes": self.ranks.count,
-                "threads": torch.get_num_threads(),
-                "processor": platform.machine(),
             },
         }
-
-
-def versions() -> dict[str, str]:
-    """The versions that can change a result."""
-    names = ("torch", "transformers", "safetensors")
-    return {"llmprune": __version__, **{name: importlib.metadata.version(name) for name in names}}

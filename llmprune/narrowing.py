@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from llmprune.arch.discover import find_units as find_layers
+from llmprune.arch.discover import parameter_count
 from llmprune.checkpoint.narrow import check_shapes
 from llmprune.checkpoint.slicing import HIDDEN, Slicing
 from llmprune.checkpoint.surgery import graft
 from llmprune.engine.trunk import States, Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
-from llmprune.restructuring import WEIGHT_KEYS, Restructuring, count
+from llmprune.restructuring import WEIGHT_KEYS, Restructuring
 from llmprune.weights import Resident, Streamed
 from llmprune.width_plan import check_width, plan_width
 
@@ -33,16 +34,11 @@ class Narrowing(Restructuring):
         self._slicing = self._width.example()
         return Plan(find_layers(self.model, head=False))
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        if self.output is not None:
-            self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
-        self._weights(writing=False)
-
     def describe_plan(self) -> dict[str, Any]:
         plan = super().describe_plan()
         if not self._asked.scored:
             plan["structure"] |= {"widths": widths(self._slicing)}
-            plan["totals"]["params_after"] = count(self.model) - self._slicing.parameters_removed
+            plan["totals"]["params_after"] = parameter_count(self.model) - self._slicing.parameters_removed
         return plan
 
     # Parts of a run.
@@ -57,7 +53,7 @@ class Narrowing(Restructuring):
         self._new_config, self._new = self._built(self._width.config_of(self._slicing, list(decision.biases)))
         self._width.differ(self._slicing, self._new, self._new_config, self._new.config)
         check_shapes(self._new, self._slicing, decision.biases)
-        self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
+        self._totals = {"params_before": parameter_count(self.model), "params_after": parameter_count(self._new)}
         return "; ".join(f"{kind}: {', '.join(map(str, sizes))} stay" for kind, sizes in widths(self._slicing).items())
 
     def _cut_in_place(self) -> None:

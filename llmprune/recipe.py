@@ -169,6 +169,16 @@ class Recipe(Strict):
             raise UserError("say how much to prune: a sparsity such as 0.5, or a pattern such as 2:4")
         return Budget.of(self.sparsity, pattern)
 
+    def check_share(self) -> None:
+        """Whether `ratio` or `params` says how much of the width goes; raises UserError."""
+        if (self.ratio is None) == (self.params is None):
+            raise UserError(
+                f"say how much {self.method!r} should take out: ratio=0.25, a share of the decoder layers' parameters, "
+                "or params=6e9, the number that the whole model should have"
+            )
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise UserError(f"ratio {self.ratio} must lie between 0 and 1: it is a share of the layers' parameters")
+
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `2:4` is text and `1e-3` a number. YAML 1.1 has 124 and text."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from llmprune.arch.discover import expert_blocks, expert_count, find_units
+from llmprune import record
+from llmprune.arch.discover import expert_blocks, expert_count, find_units, parameter_count
 from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
 from llmprune.checkpoint.remote import FILE, add_code, add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
@@ -123,8 +124,8 @@ class Restructuring(Job):
         if self.output is not None:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
         weights = self._weights(writing=False)
-        if not self.method.needs:
-            # the edit is known already: so is whether the model can be edited so
+        if not self.method.needs and self.method.kind != "width":
+            # the edit is known already: so is whether the model can be edited so (a plan of widths has seen to that)
             decision = self.method.decide(Trunk(self.model, self.plan.units, [], weights), self._asked)
             self._cutter(decision.surgery)
 
@@ -133,7 +134,7 @@ class Restructuring(Job):
             "recipe": self.recipe.model_dump(mode="json"),
             "tensors": [],
             "left_alone": {},
-            "calibration": self._describe_calibration(),
+            "calibration": self.tokens.describe() if self.tokens else None,
             "structure": {"kind": self.method.kind, "memory": self.method.memory, "units": len(self.plan.units)},
             "totals": {"weights": 0, "zeros": 0},
         }
@@ -191,7 +192,7 @@ class Restructuring(Job):
         """Take a decision: what the new model is. Returns it in words."""
         self._decision, self._silent = decision, decision.surgery.silent
         self._new_config, self._new, self._cut = self._cutter(decision.surgery)
-        self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
+        self._totals = {"params_before": parameter_count(self.model), "params_after": parameter_count(self._new)}
         scores = decision.scores.items()
         self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
         return in_words(decision, self.plan)
@@ -338,15 +339,11 @@ class Restructuring(Job):
     def _report(
         self, weights: Streamed | Resident, memory: PeakMemory, started: float, verified: str
     ) -> dict[str, Any]:
-        left_alone = dict.fromkeys(
-            weights.unused if isinstance(weights, Streamed) else [],
-            "not used by the model class; carried over as it is",
-        )
         structure, zeros = self._structure()
         return {
             **self._describe_run(memory, started),
             "tensors": [],
-            "left_alone": left_alone,
+            "left_alone": record.unused(weights),
             "layout": "remote-code" if hasattr(self._new_config, "pruned_layers") else "plain",
             "structure": {"kind": self.method.kind, **structure},
             "totals": {**self._totals, "zeros": zeros},
@@ -373,8 +370,3 @@ class Restructuring(Job):
 
 def _units(kind: str) -> str:
     return "layers" if kind == "depth" else "experts"
-
-
-def count(model: PreTrainedModel) -> int:
-    tied = model.all_tied_weights_keys
-    return sum(one.numel() for name, one in model.named_parameters() if name not in tied)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from llmprune.calibration import Tokens
 from llmprune.checkpoint.remote import trusted
 from llmprune.checkpoint.skeleton import load_model
 from llmprune.types import UserError
@@ -47,17 +45,3 @@ class Result:
         if self.folder is None:
             raise UserError("the pruned model was not written: pass out=FOLDER to prune, then push it")
         return push(self.folder, repo_id, **options)
-
-
-def warnings_of(tensors: list[dict[str, Any]], tokens: Tokens | None) -> Iterator[str]:
-    """What the user should know of the pruned matrices of a report, and of the text behind them."""
-    yield from tokens.warnings if tokens else ()
-    unseen = [row["name"] for row in tensors if row["tokens"] == 0]
-    if unseen:
-        yield f"{len(unseen)} expert matrices saw no calibration token and were pruned by magnitude: {', '.join(unseen)}"
-    few = [row["name"] for row in tensors if row["tokens"] and row["tokens"] < row["shape"][1]]
-    if few:
-        yield f"{len(few)} matrices saw fewer tokens than they have inputs, so damping decides much: {', '.join(few[:8])}"
-    damped = [row["name"] for row in tensors if "damping" in row["notes"]]
-    if damped:
-        yield f"{len(damped)} matrices needed more damping than asked for: {', '.join(damped)}"

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from llmprune.arch.discover import find_units as find_layers
+from llmprune.arch.discover import parameter_count
 from llmprune.checkpoint.rotation import Rotation, Turned
 from llmprune.engine.stream import projected, written
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
-from llmprune.restructuring import WEIGHT_KEYS, Restructuring, count
+from llmprune.restructuring import WEIGHT_KEYS, Restructuring
 from llmprune.rotation_plan import plan_rotation
 from llmprune.weights import Resident, Streamed
 
@@ -28,15 +29,10 @@ class Rotating(Restructuring):
         self._stream, self._one_basis = self._rotation_plan.stream, self._rotation_plan.shared
         return Plan(find_layers(self.model, head=False))
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        if self.output is not None:
-            self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
-        self._weights(writing=False)
-
     def describe_plan(self) -> dict[str, Any]:
         plan = super().describe_plan()
         plan["structure"]["hidden"] = self._hidden()
-        plan["totals"]["params_after"] = count(self._rotation_plan.empty())
+        plan["totals"]["params_after"] = parameter_count(self._rotation_plan.empty())
         return plan
 
     # Parts of a run.
@@ -53,7 +49,7 @@ class Rotating(Restructuring):
         self._rotation = Rotation(self._stream, decision)
         self._new_config, self._new = self._built(self._rotation_plan.config_of())
         self._rotation_plan.differ(self._new, self._new_config, self._new.config)
-        self._totals = {"params_before": count(self.model), "params_after": count(self._new)}
+        self._totals = {"params_before": parameter_count(self.model), "params_after": parameter_count(self._new)}
         return f"{self._rotation_plan.width} of {self._stream.hidden} dimensions of the hidden state stay"
 
     def _cut_in_place(self) -> None:

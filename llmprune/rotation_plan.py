@@ -84,13 +84,7 @@ class RotationPlan:
 
 def plan_rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> RotationPlan:
     """Check a recipe against a model, whose weights are not read; `config`: as it was stored. Raises UserError."""
-    if (recipe.ratio is None) == (recipe.params is None):
-        raise UserError(
-            f"say how much {recipe.method!r} should take out: ratio=0.25, a share of the decoder layers' parameters, "
-            "or params=6e9, the number that the whole model should have"
-        )
-    if recipe.ratio is not None and not 0 < recipe.ratio < 1:
-        raise UserError(f"ratio {recipe.ratio} must lie between 0 and 1: it is a share of the layers' parameters")
+    recipe.check_share()
     stream, shared = Stream(Roles(model)), recipe.layout == "plain"
     layout = stream.roles.layout
     plain = layout.narrow_hidden is not None and model.config.model_type in layout.narrow_hidden.types

@@ -116,7 +116,8 @@ def in_blocks(value: torch.Tensor) -> torch.Tensor:
     *others, width = value.shape
     padded = value.new_zeros(*others, -(-width // FISHER_BLOCK) * FISHER_BLOCK)
     padded[..., :width] = value
-    return padded.unflatten(-1, (-1, FISHER_BLOCK))
+    found: torch.Tensor = padded.unflatten(-1, (-1, FISHER_BLOCK))
+    return found
 
 
 @dataclass

@@ -138,13 +138,7 @@ def _check_kinds(recipe: Recipe, roles: Roles, kinds: set[str]) -> None:
 
 def check_width(recipe: Recipe) -> None:
     """Whether a recipe says how much of the width goes; raises UserError."""
-    if (recipe.ratio is None) == (recipe.params is None):
-        raise UserError(
-            f"say how much {recipe.method!r} should take out: ratio=0.25, a share of the decoder layers' parameters, "
-            "or params=6e9, the number that the whole model should have"
-        )
-    if recipe.ratio is not None and not 0 < recipe.ratio < 1:
-        raise UserError(f"ratio {recipe.ratio} must lie between 0 and 1: it is a share of the layers' parameters")
+    recipe.check_share()
     for kind in recipe.width.units:
         if kind not in KINDS:
             raise UserError(f"unknown unit {kind!r}{nearest(kind, list(KINDS))}")

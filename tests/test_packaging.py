@@ -41,6 +41,7 @@ LAYERS = {
     "plan": 4,
     "measurement": 4,
     "result": 4,
+    "record": 4,
     "pipeline": 4,
     "reordering": 4,
     "forecast": 4,

@@ -150,3 +150,9 @@ def expert_count(block: nn.Module) -> int:
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def parameter_count(model: PreTrainedModel) -> int:
+    """How many parameters a model has, tied ones counted once."""
+    tied = model.all_tied_weights_keys
+    return sum(one.numel() for name, one in model.named_parameters() if name not in tied)

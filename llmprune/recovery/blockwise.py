@@ -24,11 +24,11 @@ from llmprune.engine.reconstruct import output_of, reconstruct
 from llmprune.engine.rescale import rescale
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
-from llmprune.job import versions
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_options
 from llmprune.progress import Reporter
+from llmprune.record import versions
 from llmprune.recovery.data import Sequences, read_corpus
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
 from llmprune.recovery.recipe import Recovery, Training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 
 from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.inspection import inspect
-from llmprune.job import versions
 from llmprune.memory import PeakMemory
 from llmprune.recipe import Recipe
+from llmprune.record import cost, versions
 from llmprune.types import Outcome, UserError
 
 # The method of a model that llmprune did not prune.
@@ -83,9 +82,6 @@ def with_recovery(
 def run_record(memory: PeakMemory, started: float, device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What a recovery took; `started` by `time.perf_counter`."""
     return {
-        "seconds": round(time.perf_counter() - started, 3),
-        "peak_memory": {"anonymous": memory.anonymous, "resident": memory.resident},
-        "processes": processes,
+        **cost(memory, started, processes),
         "device": device.type,
-        "threads": torch.get_num_threads(),
     }

@@ -24,9 +24,9 @@ from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device
 from llmprune.eval.perplexity import open_model
-from llmprune.job import versions
 from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
+from llmprune.record import versions
 from llmprune.recovery.data import read_corpus
 from llmprune.recovery.distill import Beside, precompute
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery

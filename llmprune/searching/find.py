@@ -17,10 +17,10 @@ from llmprune.arch.discover import find_units
 from llmprune.checkpoint.output import write_json
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import resolve
-from llmprune.job import versions
 from llmprune.methods import method_class
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, merge_settings, read_recipe, validate, validated
+from llmprune.record import versions
 from llmprune.searching.asked import Limit, Search, levels_of, recipe_at, understood
 from llmprune.searching.bisection import bisect, climb
 from llmprune.searching.levels import Levels

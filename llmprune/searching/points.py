@@ -17,9 +17,9 @@ from llmprune.checkpoint.output import write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval import speed
 from llmprune.eval.perplexity import measure, open_model
-from llmprune.job import versions
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
+from llmprune.record import versions
 from llmprune.searching.asked import Search, recipe_at
 
 

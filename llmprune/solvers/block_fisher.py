@@ -90,6 +90,7 @@ class BlockFisher:
 
 
 def _cholesky(matrix_NBB: torch.Tensor) -> torch.Tensor:
+    lower_NBB: torch.Tensor
     lower_NBB, info_N = torch.linalg.cholesky_ex(matrix_NBB)
     if bool(info_N.any()):
         raise RunError("a block of the Fisher matrix is not positive definite; raise `damping`")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def lines(partial: Path) -> int:
         return 0
 
 
-def killed_run(run: list[str], partial: Path, progress: int, delay: float) -> bool:
-    """Start a run and kill it `delay` seconds after its journal has `progress` lines; whether it still ran then."""
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and lines(partial) < progress:
+def killed(run: list[str], reached: Callable[[], bool], delay: float, errors: Any = subprocess.DEVNULL) -> bool:
+    """Start a run and kill it `delay` seconds after it has come so far; whether it still ran then."""
+    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=errors)
+    while process.poll() is None and not reached():
         time.sleep(0.002)
     time.sleep(delay)
     running = process.poll() is None
@@ -74,7 +75,7 @@ def main() -> None:
         out = folder / "killed"
         shutil.rmtree(out, ignore_errors=True)
         run, partial = command(model, text, out), folder / "killed.partial"
-        running = killed_run(run, partial, progress, delay)
+        running = killed(run, lambda partial=partial, progress=progress: lines(partial) >= progress, delay)
         left = lines(partial)
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
         rows.append({"running": running, "journal": left, "delay_s": round(delay, 3), "same": digest(out) == expected})

@@ -8,21 +8,19 @@ random while after the step has begun.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+import kill
 import record
 import yaml
 
 MODEL, TEXT = "mix-qwen3", "web"
-COMPARED = ("*.safetensors", "*.index.json", "config.json", "generation_config.json", "tokenizer*")
 STEPS = ("prune", "recover", "eval pruned", "eval recovered")
 
 
@@ -55,21 +53,13 @@ def command(recipe: Path, out: Path) -> list[str]:
 
 
 def digests(out: Path) -> dict[str, str]:
-    files = sorted(path for name in ("pruned", "recovered") for one in COMPARED for path in (out / name).glob(one))
-    return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {f"{name}/{file}": one for name in ("pruned", "recovered") for file, one in kill.digest(out / name).items()}
 
 
 def killed(run: list[str], log: Path, step: str, delay: float) -> bool:
     """Start the run, kill it `delay` seconds after `step` begins; whether it still ran then."""
     with log.open("w") as file:
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=file)
-        while process.poll() is None and f"{step}: begins" not in log.read_text():
-            time.sleep(0.05)
-        time.sleep(delay)
-        running = process.poll() is None
-        process.kill()
-        process.wait()
-    return running
+        return kill.killed(run, lambda: f"{step}: begins" in log.read_text(), delay, file)
 
 
 def main() -> None:
