@@ -84,6 +84,8 @@ def physical(model: PreTrainedModel, slicing: Slicing) -> PreTrainedModel:
     """The model that the new configuration builds, filled with what is left of the parameters."""
     small = AutoModelForCausalLM.from_config(narrow_config(model, model.config, slicing), dtype=torch.float32).eval()
     with torch.no_grad():
+        for name, one in model.named_buffers():  # as that of an activation: none belongs to a unit
+            small.get_buffer(name).copy_(one)
         for name, one in small.named_parameters():
             one.copy_(slicing.cut(name, model.get_parameter(name).data))
     return small

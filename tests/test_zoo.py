@@ -18,6 +18,8 @@ from llmprune.arch.discover import decoder_layers
 def test_type_passes_every_check(kind: str) -> None:
     found = zoo.visit(kind)
     assert list(found) == ["build", *zoo.CHECKS]
+    # which of its parameters are heads and channels is not known
+    assert found.pop("width").startswith("refused: which parameters of a")
     assert all(said.startswith("ok") for said in found.values()), found
 
 

@@ -26,9 +26,12 @@ def check(
         print(json.dumps(found))
         return
     print(f"{found['class']}, {found['params']:,} parameters; width methods at ratio {ratio:g}")
-    table = Table("method", "kind", "can prune, or what is in the way", "output")
+    # many methods have the same answer
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for row in found["methods"]:
-        table.add_row(
-            row["name"], row["kind"], row["what"] if row["can"] else f"no: {row['why']}", row.get("output", "")
-        )
+        answer = row["what"] if row["can"] else f"no: {row['why']}"
+        alike.setdefault((row["kind"], answer, row.get("output", "")), []).append(row["name"])
+    table = Table("kind", "methods", "can prune, or what is in the way", "output", show_lines=True)
+    for (kind, answer, output), names in alike.items():
+        table.add_row(kind, ", ".join(names), answer, output)
     Console().print(table)

@@ -84,7 +84,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "auto": Preset("admm", retarget=0.75, reconstruct=3),
-    "auto-fast": Preset("admm", retarget=0.75),
+    "auto-fast": Preset("admm", retarget=0.75, options={"iterations": 20, "mask_iterations": 16, "every": 4}),
     "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
     "activation": Preset("scored", options={"score": "activation"}),
