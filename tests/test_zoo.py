@@ -33,3 +33,15 @@ def test_other_types_are_refused() -> None:
     assert found["engine"].startswith("refused: it is a part of an encoder-decoder"), found
     assert zoo.faults({"prophetnet": found}) == []
     assert zoo.faults({"llama": found}) == ["llama"]
+
+
+def test_layers_of_a_sound_tower_are_not_those_of_the_decoder() -> None:
+    model = zoo.build("phi4_multimodal")
+    assert decoder_layers(model)[0] == "model.layers"
+
+
+def test_layers_that_hand_on_more_than_the_hidden_state_are_not_left_out(tmp_path: Path) -> None:
+    zoo.build("reformer").save_pretrained(tmp_path / "model")
+    with pytest.raises(zoo.UserError, match="cannot be run one at a time"):
+        zoo.prune(tmp_path / "model", tmp_path / "out", method="keep-first", drop_layers=1)
+    assert not list(tmp_path.glob("out*"))

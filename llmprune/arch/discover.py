@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.types import MatrixSpec, UserError
@@ -29,8 +29,8 @@ class Unit:
         return self.name + "."
 
 
-# What a text model mainly reads, by the name that transformers gives it; None where it is no model of its own.
-TOKENS = ("input_ids", "inputs_embeds", None)
+# What a text model mainly reads, by the name that transformers gives it.
+TOKENS = ("input_ids", "inputs_embeds")
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -40,7 +40,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     model has none.
     """
     decoder = model.get_decoder() or model
-    towers = [one for one in decoder.modules() if one is not decoder and _reads(one) not in TOKENS]
+    towers = [one for one in decoder.modules() if one is not decoder and _is_tower(one, model.config.get_text_config())]
     # the decoder may be a sub-module of the model: names are wanted from the root
     lists = [
         (name, module)
@@ -56,9 +56,15 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(several, key=lambda one: sum(p.numel() for p in one[1].parameters()))
 
 
-def _reads(module: nn.Module) -> str | None:
-    """The name of the input that a model within the model mainly reads."""
-    return module.main_input_name if isinstance(module, PreTrainedModel) else None
+def _is_tower(module: nn.Module, text: PreTrainedConfig) -> bool:
+    """Whether a module is a model within the model that mainly reads something else than token ids.
+
+    Those for sound may call their input by that name too: then no part of them has the configuration of the text.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return False
+    models = [one for one in module.modules() if isinstance(one, PreTrainedModel)]
+    return module.main_input_name not in TOKENS or all(type(one.config) is not type(text) for one in models)
 
 
 def find_units(model: PreTrainedModel, *, head: bool) -> list[Unit]:

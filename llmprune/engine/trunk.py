@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit
-from llmprune.types import RunError
+from llmprune.engine.suspend import first_tensor
+from llmprune.types import RunError, UserError
 from llmprune.weights import Loads
 
 # The hidden states of a variant of the model, one tensor (sequences x tokens x width) a batch.
@@ -118,11 +119,22 @@ class Trunk:
         """Layer `index` on one state that belongs to `batch`."""
         args, kwargs = self.call(index, batch, state)
         version = state._version
-        output = self.units[index].module(*args, **kwargs)
+        with self._one_at_a_time():
+            output = self.units[index].module(*args, **kwargs)
         if state._version != version:
             raise RunError(f"{self.units[index].name} changes its own input in place, so variants cannot share it")
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        return first_tensor(output)
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Refuse a model whose code fails when its layers are run by themselves."""
+        try:
+            yield
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise UserError(
+                f"the layers of {type(self.model).__name__} cannot be run one at a time: what one hands to the next is more "
+                f"than the hidden state ({str(error).strip() or type(error).__name__}); weights of it can be pruned"
+            ) from error
 
     def walk(self, states: States) -> Iterator[tuple[int, States]]:
         """Run through all layers, yielding each index and its outputs, with its weights still loaded."""
@@ -151,7 +163,7 @@ class Trunk:
     def _called(self, number: int, *, probe: bool) -> list[Call]:
         """The arguments of every layer, for one batch."""
         calls: list[Call] = []
-        with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=probe):
+        with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=probe), self._one_at_a_time():
             self.model(**self.batches[number], use_cache=False)
         return calls
 
@@ -181,7 +193,7 @@ class Trunk:
             del layers[0].forward
             with self.loaded(0):
                 output = layers[0](*args, **kwargs)
-            self._beside = len(output) - 1 if isinstance(output, tuple) else None
+            self._beside = len(output) - 1 if isinstance(output, tuple | list) else None
             layers[0].forward = bypass(0)
             return layers[0].forward(*args, **kwargs)
 
