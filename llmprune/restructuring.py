@@ -154,6 +154,8 @@ class Restructuring(Job):
         with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
             decision = self._decide(trunk, weights)
+            if not self.share.batches:
+                self._try_layers(weights)
         reporter.say(self._settle(decision))
         if isinstance(weights, Resident):
             self._cut_in_place()
@@ -175,9 +177,9 @@ class Restructuring(Job):
         decision: Decision = self.method.decide(trunk, self._asked)
         surgery = decision.surgery
         if self.recipe.layout == "remote-code":
-            ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
-            short = Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
-            entries = entries_for(short, surgery.silent) | shared_experts(self.model, self.config, surgery)
+            entries = entries_for(self._short(weights), surgery.silent) | shared_experts(
+                self.model, self.config, surgery
+            )
             decision.surgery = replace(surgery, entries=entries)
             return decision
         if surgery.rows:
@@ -187,6 +189,17 @@ class Restructuring(Job):
             decision.notes["halves"] = ZEROS
             decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
         return decision
+
+    def _try_layers(self, weights: Streamed | Resident) -> None:
+        """Run the layers one at a time, as checking the result will, before anything is written; raises UserError."""
+        trunk = self._short(weights)
+        for _ in trunk.walk(trunk.enter()):
+            pass
+
+    def _short(self, weights: Streamed | Resident) -> Trunk:
+        """The layers on a few tokens."""
+        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+        return Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
