@@ -35,6 +35,11 @@ def test_other_types_are_refused() -> None:
     assert zoo.faults({"llama": found}) == ["llama"]
 
 
+def test_layers_that_run_in_cycles_are_refused() -> None:
+    found = zoo.visit("hrm_text")
+    assert "run several times in a forward pass" in found["engine"], found
+
+
 def test_layers_of_a_sound_tower_are_not_those_of_the_decoder() -> None:
     model = zoo.build("phi4_multimodal")
     assert decoder_layers(model)[0] == "model.layers"

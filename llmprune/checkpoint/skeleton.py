@@ -57,6 +57,10 @@ def load_config(folder: str, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+# Models that go through their layers in cycles.
+LOOPED = {"hrm_text"}
+
+
 def check_config(config: Any, where: str) -> None:
     """Refuse what is no plain decoder-only language model, and quantized checkpoints; raises UserError."""
     quantization = getattr(config, "quantization_config", None)
@@ -78,6 +82,10 @@ def check_config(config: Any, where: str) -> None:
         raise UserError(
             f"{where} is a part of an encoder-decoder, speech or drafting model ({kind}); llmprune prunes "
             "decoder-only language models, which stand alone"
+        )
+    if kind in LOOPED:
+        raise UserError(
+            f"{where} is a {kind!r} model, whose layers run several times in a forward pass: llmprune goes through layers once"
         )
     if kind in UNORDERED and not getattr(config, "is_decoder", False):
         raise UserError(f"{where} is an encoder-only model ({kind}); llmprune prunes decoder-only language models")
