@@ -13,7 +13,7 @@ from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
 from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.layer import Layer, Solved
-from llmprune.engine.reconstruct import reconstruct
+from llmprune.engine.reconstruct import refit
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call, first_tensor
 from llmprune.linalg import output_energy
@@ -151,15 +151,11 @@ class Pruning:
 
     def _fit_weights(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
         """Fit the kept weights to the dense outputs by gradient."""
-        stored = {row.name.partition("[")[0]: None for row in self._outcomes}
-        parameters = {
-            name.removeprefix(unit.prefix): unit.module.get_parameter(name.removeprefix(unit.prefix)) for name in stored
-        }
-        kept = {name: one != 0 for name, one in parameters.items()}
-        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in parameters}
-        found, before, after = reconstruct(
+        names = {row.name.partition("[")[0].removeprefix(unit.prefix): None for row in self._outcomes}
+        kept = {name: unit.module.get_parameter(name) != 0 for name in names}
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in names}
+        before, after = refit(
             unit.module,
-            parameters,
             kept,
             storage,
             calls,
@@ -168,8 +164,6 @@ class Pruning:
             seed=self._recipe.seed,
             share=self._share,
         )
-        for name, one in parameters.items():
-            one.copy_(found[name])
         self._fits = {"before": before, "after": after}
         self._reporter.say(f"{unit.name}: output error {before:.4f} of its energy, {after:.4f} when fitted")
 

@@ -18,6 +18,27 @@ BETAS = (0.9, 0.99)
 WARM_UP = 4
 
 
+def refit(
+    module: nn.Module,
+    kept: dict[str, torch.Tensor],
+    storage: dict[str, torch.dtype],
+    calls: list[tuple[Call, torch.Tensor]],
+    targets: list[torch.Tensor],
+    *,
+    epochs: int,
+    seed: int,
+    share: Share,
+) -> tuple[float, float]:
+    """`reconstruct` the parameters that `kept` names, in place; returns the error before and after."""
+    parameters = {name: module.get_parameter(name) for name in kept}
+    found, before, after = reconstruct(
+        module, parameters, kept, storage, calls, targets, epochs=epochs, seed=seed, share=share
+    )
+    for name, one in parameters.items():
+        one.copy_(found[name])
+    return before, after
+
+
 def reconstruct(
     module: nn.Module,
     parameters: Mapping[str, torch.Tensor],

@@ -20,7 +20,7 @@ from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
-from llmprune.engine.reconstruct import output_of, reconstruct
+from llmprune.engine.reconstruct import output_of, refit
 from llmprune.engine.rescale import rescale
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
@@ -198,7 +198,8 @@ class _Refit:
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name, _ in unit.module.named_parameters()}
         if self._options.passes == 0:
             found, before, after = rescale(unit, storage, calls, targets)
-            _put(unit, found)
+            for name, value in found.items():
+                unit.module.get_parameter(name).copy_(value)
         else:
             before, after = self._by_gradient(unit, storage, calls, targets)
         self._fit = {"before": before, "after": after}
@@ -216,12 +217,10 @@ class _Refit:
         matrices = {spec.parameter.removeprefix(unit.prefix) for spec in unit.matrices}
         errors: list[float] = []
         for names in _parts(unit, self._options.parts):
-            parameters = {name: unit.module.get_parameter(name) for name in names}
             # a zero elsewhere, as in a bias, is a value like any other
-            kept = {name: (one != 0) | (name not in matrices) for name, one in parameters.items()}
-            found, before, after = reconstruct(
+            kept = {name: (unit.module.get_parameter(name) != 0) | (name not in matrices) for name in names}
+            before, after = refit(
                 unit.module,
-                parameters,
                 kept,
                 storage,
                 calls,
@@ -230,7 +229,6 @@ class _Refit:
                 seed=self._seed,
                 share=Share.alone(calls),
             )
-            _put(unit, found)
             calls = [(call, output_of(unit.module, {}, call)) for call, _ in calls]
             errors += [before, after]
         return errors[0], errors[-1]
@@ -253,8 +251,3 @@ def _parts(unit: Unit, parts: str) -> list[list[str]]:
     if parts == "layer":
         return [names]
     return [[name for name in names if attends(name) == attention] for attention in (True, False)]
-
-
-def _put(unit: Unit, values: dict[str, torch.Tensor]) -> None:
-    for name, value in values.items():
-        unit.module.get_parameter(name).copy_(value)
