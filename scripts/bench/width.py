@@ -62,7 +62,6 @@ METHODS = {
     DEFAULT: Way("group-obs", keys={"allocation": "balanced"}),
     "group-obs uniform": Way("group-obs", alone=False),
     "group-obs rising": Way("group-obs", keys={"allocation": "rising", **REMOTE}, alone=False, plain=False),
-    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
     "ziplm (dense stream)": Way("group-obs", {"stream": "dense"}, {"allocation": "balanced"}),
     "random": Way("random-units"),
     "magnitude L1": Way("group-magnitude", {"norm": 1}),
@@ -86,6 +85,9 @@ METHODS = {
     "bonsai": Way("bonsai", {"masks": 64, "sequences": 8}),
     "slicegpt": Way("slicegpt", keys=REMOTE, alone=False, plain=False),
     "slicegpt one basis": Way("slicegpt", alone=False),
+    "k-prune": Way("k-prune"),
+    "llm-surgeon": Way("llm-surgeon-structured"),
+    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
 }
 
 
