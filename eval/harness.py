@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from llmprune.eval.perplexity import open_model
-from llmprune.eval.significance import paired
+from llmprune.eval.significance import label, paired
 from llmprune.recipe import nearest
 from llmprune.types import UserError
 
@@ -121,7 +121,7 @@ def measure(
     return rows, found["samples"]
 
 
-def _row(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _row(task: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """One task: lm-eval's `acc,none` and `acc_stderr,none` as `acc` and `stderr: {acc}`, and the protocol."""
     metrics: dict[str, Any] = {}
     errors: dict[str, Any] = {}
@@ -129,17 +129,17 @@ def _row(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, 
         metric, comma, filtered = key.partition(",")
         if not comma:
             continue
-        label = metric if filtered == "none" else f"{metric}[{filtered}]"
+        name = label(metric.removesuffix("_stderr"), filtered)
         if metric.endswith("_stderr"):
-            errors[label.replace("_stderr", "", 1)] = value if isinstance(value, float) else None
+            errors[name] = value if isinstance(value, float) else None
         else:
-            metrics[label] = value
+            metrics[name] = value
     return {
         **metrics,
         "stderr": errors,
-        "n": found["n-samples"].get(name, {}).get("effective"),
-        "fewshot": found["n-shot"].get(name),
-        "version": found["versions"].get(name),
+        "n": found["n-samples"].get(task, {}).get("effective"),
+        "fewshot": found["n-shot"].get(task),
+        "version": found["versions"].get(task),
     }
 
 

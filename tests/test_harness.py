@@ -28,6 +28,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from llmprune.eval import harness
 from llmprune.eval.significance import difference
 from llmprune.kernels.linear24 import SparseLinear24
+from llmprune.report import words
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 OWN = Path(lm_eval.__file__).parent / "tasks"
@@ -220,6 +221,39 @@ def test_differences_without_spread() -> None:
     assert difference([0.5, 0.5], [0.5, 0.5])["p"] == 1
     assert difference([0.5], [0.7])["p"] is None
     assert difference([1.5, 2.5], [0.5, 1.5])["p"] is None
+
+
+def test_filters_are_tested_apart() -> None:
+    """gsm8k answers every row twice, once for each filter: the rows of the one are no evidence about the other."""
+
+    def samples(strict: str, flexible: str) -> list[dict[str, Any]]:
+        return [
+            {"doc_id": n, "filter": name, "doc_hash": str(n), "metrics": ["exact_match"], "exact_match": float(right)}
+            for name, answers in (("strict-match", strict), ("flexible-extract", flexible))
+            for n, right in enumerate(answers)
+        ]
+
+    found = harness.compare({"gsm8k": samples("000000", "111011")}, {"gsm8k": samples("111111", "111111")})["gsm8k"]
+    assert found.keys() == {"exact_match[strict-match]", "exact_match[flexible-extract]"}
+    strict, flexible = found["exact_match[strict-match]"], found["exact_match[flexible-extract]"]
+    assert (strict["n"], strict["delta"], strict["p"]) == (6, -1, pytest.approx(2 / 2**6))
+    assert (flexible["n"], flexible["worse"], flexible["p"]) == (6, 1, 1)
+    ours = {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.1}
+    row = harness._row("gsm8k", ours, {"n-samples": {}, "n-shot": {}, "versions": {}})
+    assert row["exact_match[strict-match]"] == 0 and row["stderr"] == {"exact_match[strict-match]": 0.1}
+
+
+def test_perplexity_is_compared_by_its_log_likelihood() -> None:
+    rows = [
+        [
+            {"doc_id": n, "filter": "none", "doc_hash": "", "metrics": ["perplexity"], "perplexity": value + n}
+            for n in (0, 1)
+        ]
+        for value in (-3.0, -2.5)
+    ]
+    test = harness.compare({"x": rows[0]}, {"x": rows[1]})["x"]["perplexity"]
+    assert test["of"] == "log likelihood" and test["delta"] == -0.5
+    assert words.difference(test) == "-0.5 ± 0 (log likelihood)"
 
 
 def test_other_rows_are_refused() -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from llmprune.commands import AsJson, Model, Trust
+from llmprune.report import words
 from llmprune.types import UserError
 
 
@@ -119,15 +120,17 @@ def _perplexity_table(result: dict[str, Any], baseline: dict[str, Any], comparis
 
 
 def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
-    compared = ("dense", "paired p") if baseline else ()
+    compared = ("dense", "difference", "paired p") if baseline else ()
     table = Table("task", "metric", "value", *compared, "rows", "shots")
     for name, row in result["tasks"].items():
         for metric in (key for key, value in row.items() if isinstance(value, float) and key != "version"):
             beside = []
             if baseline:
-                test = comparison["tasks"].get(name, {}).get("log_likelihood" if metric == "perplexity" else metric, {})
-                p = test.get("p")
-                beside = [_with_error(baseline["tasks"][name], metric), "–" if p is None else f"{p:.3g}"]
+                test = comparison["tasks"].get(name, {}).get(metric)
+                tested = ["–", "–"]
+                if test is not None:
+                    tested = [words.difference(test), "–" if test["p"] is None else f"{test['p']:.3g}"]
+                beside = [_with_error(baseline["tasks"][name], metric), *tested]
             table.add_row(name, metric, _with_error(row, metric), *beside, str(row["n"]), str(row["fewshot"]))
     return table
 

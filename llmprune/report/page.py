@@ -58,6 +58,7 @@ def write_page(
         columns=(columns := summary(runs))[0],
         rows=columns[1],
         specs=specs,
+        difference=words.difference,
         spec_json=json.dumps(specs).replace("<", "\\u003c"),
         script=script.replace("</script", "<\\/script"),
     )

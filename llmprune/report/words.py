@@ -22,6 +22,12 @@ def amounts(report: dict[str, Any]) -> str:
     return ", ".join(amount(recipe) for recipe in steps(report))
 
 
+def difference(test: dict[str, Any]) -> str:
+    """How much more a pruned model has of a metric than the dense one, on the same rows (see `eval.significance`)."""
+    spread = "" if test["stderr"] is None else f" ± {test['stderr']:.2g}"
+    return f"{test['delta']:+.3g}{spread}" + (f" ({test['of']})" if "of" in test else "")
+
+
 def amount(recipe: dict[str, Any]) -> str:
     """How much a recipe of one stage takes away."""
     if recipe.get("drop_layers") is not None:
