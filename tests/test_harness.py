@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,33 @@ def test_differences_without_spread() -> None:
     assert difference([0.5, 0.5], [0.5, 0.5])["p"] == 1
     assert difference([0.5], [0.7])["p"] is None
     assert difference([1.5, 2.5], [0.5, 1.5])["p"] is None
+
+
+def test_records_of_several_calls_are_joined(piqa: Path, tmp_path: Path) -> None:
+    model = tmp_path / "half"
+    llmprune.prune(DEMO, out=model, method="magnitude", sparsity=0.3)
+    text = ["--perplexity", "demo", "--seqlen", 32, "--max-windows", 2]
+
+    def record(*options: object) -> tuple[dict[str, Any], str]:
+        ran = cli("eval", model, *options, "--record", "--json")
+        assert ran.code == 0, ran.err
+        return json.loads((model / "llmprune.json").read_text())["evaluation"], ran.err
+
+    first, _ = record(*text, "--baseline", DEMO)
+    both, _ = record("--tasks", "local_piqa", "--task-data", piqa, "--prompt", "Once", "--baseline", DEMO)
+    for one, other in ((both, first), (both["baseline"], first["baseline"]), (both["comparison"], first["comparison"])):
+        assert one["perplexity"] == other["perplexity"] and one["tasks"].keys() == {"local_piqa"}
+    # the dense model's figure for a text goes with the pruned one's
+    alone, _ = record("--perplexity", "demo", "--seqlen", 16, "--max-windows", 2)
+    assert alone["perplexity"]["demo"]["seqlen"] == 16
+    assert alone["baseline"]["perplexity"] == alone["comparison"]["perplexity"] == {}
+    for part in ("tasks", "generation"):
+        assert alone[part] == both[part] and alone["baseline"][part] == both["baseline"][part]
+    shutil.copytree(DEMO, tmp_path / "other")
+    beside, said = record(*text, "--baseline", tmp_path / "other")
+    assert f"beside the baseline {DEMO} is dropped" in said
+    assert beside["baseline"]["model"] == str(tmp_path / "other") and beside["baseline"]["tasks"] == {}
+    assert beside["tasks"] == both["tasks"] and beside["comparison"]["tasks"] == {}
 
 
 def test_filters_are_tested_apart() -> None:

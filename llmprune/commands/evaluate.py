@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +49,8 @@ def evaluate(
     """Measure MODEL: perplexity on texts, lm-eval tasks, closeness to a dense baseline, samples."""
     import llmprune
     from llmprune.checkpoint import output
-    from llmprune.checkpoint.output import REPORT_NAME
+    from llmprune.eval.recorded import joined, other_baseline
+    from llmprune.report.page import read_run
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out {out} must be a file in a folder that exists")
@@ -56,8 +58,9 @@ def evaluate(
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
     if not (batch_size == "auto" or batch_size.isdigit()):
         raise UserError(f"--batch-size {batch_size} must be a number, or auto")
-    if record and not (Path(model) / REPORT_NAME).is_file():
-        raise UserError(f"--record: there is no {Path(model) / REPORT_NAME}; only a model that llmprune made has one")
+    if record and not (Path(model) / output.REPORT_NAME).is_file():
+        name = Path(model) / output.REPORT_NAME
+        raise UserError(f"--record: there is no {name}; only a model that llmprune made has one")
     result = llmprune.evaluate(
         model,
         perplexity=perplexity or [],
@@ -81,7 +84,11 @@ def evaluate(
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
     if record:
-        output.record(Path(model), "evaluation", result)
+        earlier = read_run(Path(model)).get("evaluation", {})
+        other = other_baseline(earlier, result)
+        if other is not None:
+            print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
+        output.record(Path(model), "evaluation", joined(earlier, result))
     if as_json:
         print(json.dumps(result))
     else:
