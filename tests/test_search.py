@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import llmprune
 from llmprune import UserError
 from llmprune.report.front import front
-from llmprune.report.searched import scan_table, sweep_table
+from llmprune.report.searched import read_search, scan_table, sweep_table
 from llmprune.searching.bisection import bisect, climb
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -55,6 +55,20 @@ def test_a_sweep_is_prune_and_eval_by_hand(tmp_path: Path) -> None:
     assert found["dense"]["ppl"] == measured(DEMO)
     heads, rows = sweep_table(found)
     assert heads[3:] == ["non-zero parameters", "parameters", "prefill time", "decoding time"] and len(rows) == 4
+
+
+def test_a_budget_beside_a_timed_sweep(tmp_path: Path) -> None:
+    """Whole runs of the budget have no times; those of the sweep keep theirs."""
+    ran = cli(
+        "search", DEMO, "--out", tmp_path / "s", "--methods", "magnitude", "--amounts", "0.2,0.4", "--sweep", "--latency",
+        "--budget", "ppl<=1.3x", "--set", "search.levels=[0.2,0.3]", "--set", "search.prompt=4", "--set", "search.new=2",
+        "--samples", 4, "--seqlen", 32, "--perplexity", "demo", "--max-windows", 3, "--quiet",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    heads, rows = sweep_table(read_search(tmp_path / "s"))
+    assert heads[-2:] == ["prefill time", "decoding time"]
+    timed = {row[0]: row[-1] != "–" for row in rows}
+    assert timed == {"dense": True, "magnitude 0.2": True, "magnitude 0.4": True, "magnitude 0.3": False}
 
 
 def test_a_sweep_and_a_budget_of_a_width_method(tmp_path: Path) -> None:
