@@ -91,7 +91,7 @@ def measure(
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run tasks. Returns a row per task (metrics, standard errors, rows and shots), and lm-eval's samples.
+    """Run tasks. Returns a row per task (metrics, standard errors and protocol), and lm-eval's samples.
 
     Raises UserError for unknown tasks, and for a data set that can be had neither from a folder nor from the Hub.
     """
@@ -117,7 +117,8 @@ def measure(
             raise UserError(
                 f"the data of {', '.join(tasks)} cannot be had: {error}. The tasks local_… read files of yours"
             ) from error
-    rows = {name: _row(name, values, found) for name, values in found["results"].items()}
+    protocol = {"chat_template": chat_template, "seed": seed, "dtype": str(model.dtype).removeprefix("torch.")}
+    rows = {name: {**_row(name, values, found), **protocol} for name, values in found["results"].items()}
     return rows, found["samples"]
 
 

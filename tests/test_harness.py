@@ -138,6 +138,7 @@ def test_eval_of_tasks_beside_a_baseline(piqa: Path) -> None:
     assert json.loads((piqa / "out.json").read_text()) == result
     row = result["tasks"]["local_piqa"]
     assert row["n"] == 4 and row["fewshot"] == 0 and 0 <= row["acc"] <= 1
+    assert (row["chat_template"], row["seed"], row["dtype"]) == (False, 0, "float32")
     assert row["stderr"]["acc"] == pytest.approx(math.sqrt(row["acc"] * (1 - row["acc"]) / 3), abs=1e-9)
     assert result["baseline"]["tasks"] == result["tasks"]
     assert result["comparison"]["tasks"]["local_piqa"]["acc"]["p"] == 1

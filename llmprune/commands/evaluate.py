@@ -117,18 +117,14 @@ def _perplexity_table(result: dict[str, Any], baseline: dict[str, Any], comparis
         if baseline:
             close = comparison["perplexity"][spec]
             beside = [f"{baseline['perplexity'][spec]['ppl']:.3f}", f"{close['kl']:.4f}", f"{close['top1']:.1%}"]
-        apart = "" if row["stride"] == row["seqlen"] else f", stride {row['stride']}"
-        begun = {"window": "BOS in each", "text": "BOS before the text", "never": "no BOS"}[row["bos_at"]]
-        protocol = (
-            f"{row['tokens']:,} tokens, {row['windows']} windows of {row['seqlen']}{apart}, {begun}, {row['dtype']}"
-        )
+        protocol = f"{row['tokens']:,} tokens, {words.windows(row)}, {row['dtype']}"
         table.add_row(spec, f"{row['ppl']:.3f}", *beside, protocol)
     return table
 
 
 def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
     compared = ("dense", "difference", "paired p") if baseline else ()
-    table = Table("task", "metric", "value", *compared, "rows", "shots")
+    table = Table("task", "metric", "value", *compared, Column("protocol", overflow="fold"))
     for name, row in result["tasks"].items():
         for metric in (key for key, value in row.items() if isinstance(value, float) and key != "version"):
             beside = []
@@ -138,7 +134,7 @@ def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: di
                 if test is not None:
                     tested = [words.difference(test), "–" if test["p"] is None else f"{test['p']:.3g}"]
                 beside = [_with_error(baseline["tasks"][name], metric), *tested]
-            table.add_row(name, metric, _with_error(row, metric), *beside, str(row["n"]), str(row["fewshot"]))
+            table.add_row(name, metric, _with_error(row, metric), *beside, f"{words.prompts(row)}, {row['dtype']}")
     return table
 
 
