@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import torch
+from lm_eval import evaluator
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
@@ -79,6 +81,13 @@ def manager(names: list[str], folder: str | Path | None = None) -> TaskManager:
     return found
 
 
+def check(tasks: list[str], folder: str | Path | None = None) -> None:
+    """Load tasks with their data, to find what is wrong with them before a model is loaded; raises UserError."""
+    known = manager(tasks, folder)
+    with _quietly(), _data_of(tasks):
+        known.load(tasks)
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -96,27 +105,21 @@ def measure(
     Raises UserError for unknown tasks, and for a data set that can be had neither from a folder nor from the Hub.
     """
     known = manager(tasks, folder)
-    # lm-eval prints to stdout, which belongs to our result
-    with contextlib.redirect_stdout(sys.stderr), _quietly():
-        try:
-            found = simple_evaluate(
-                model=PrunedLM(model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks),
-                num_fewshot=fewshot,
-                limit=limit,
-                apply_chat_template=chat_template,
-                fewshot_as_multiturn=chat_template,
-                task_manager=known,
-                bootstrap_iters=BOOTSTRAP,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-        except (FileNotFoundError, ConnectionError) as error:
-            raise UserError(
-                f"the data of {', '.join(tasks)} cannot be had: {error}. The tasks local_… read files of yours"
-            ) from error
+    with _quietly(), _data_of(tasks):
+        found = simple_evaluate(
+            model=PrunedLM(model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+            task_manager=known,
+            bootstrap_iters=BOOTSTRAP,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     protocol = {"chat_template": chat_template, "seed": seed, "dtype": str(model.dtype).removeprefix("torch.")}
     rows = {name: {**_row(name, values, found), **protocol} for name, values in found["results"].items()}
     return rows, found["samples"]
@@ -150,31 +153,54 @@ def compare(samples: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """While active, lm-eval keeps to this process and says only what went wrong."""
-    logger = logging.getLogger("lm_eval")
-    level, pool = logger.level, os.environ.get(NO_POOL)
-    logger.setLevel(logging.ERROR)
-    os.environ[NO_POOL] = "1"
+def _data_of(tasks: list[str]) -> Iterator[None]:
+    """Turn what is raised where data cannot be had into our error."""
     try:
         yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"the data of {', '.join(tasks)} cannot be had: {error}. The tasks local_… read files of yours"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """While active, lm-eval keeps to this process, and says only what went wrong, on stderr: stdout is our result's."""
+    logger = logging.getLogger("lm_eval")
+    level, pool, commit = logger.level, os.environ.get(NO_POOL), evaluator.get_git_commit_hash
+    logger.setLevel(logging.ERROR)
+    os.environ[NO_POOL] = "1"
+    # it asks git, which complains outside a repository
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)
         if pool is None:
             del os.environ[NO_POOL]
 
 
+class _WithOurs(TaskManager):  # type: ignore[misc]
+    """lm-eval's task manager with the local tasks, beside those of the user's own `include_path`, which win."""
+
+    def __init__(self, *, include_path: Any = None, **options: Any) -> None:
+        theirs = include_path if isinstance(include_path, list | tuple) else [include_path] if include_path else []
+        super().__init__(include_path=[TASKS, *theirs], **options)
+
+
 def main() -> None:
     """lm-eval's command line with the model `llmprune` and the local tasks in it."""
-    arguments = sys.argv[1:]
-    if "--include_path" not in arguments:
-        # not after `ls tasks`: an option of its parent command would not be understood there
-        sys.argv += ["--include_path", str(TASKS)]
+    # its commands take the class from there when they run
+    lm_eval.tasks.TaskManager = _WithOurs
     try:
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        lm_eval.tasks.TaskManager = TaskManager
 
 
 if __name__ == "__main__":

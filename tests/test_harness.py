@@ -26,7 +26,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from llmprune.eval import harness
+from llmprune.eval import evaluate, harness
 from llmprune.eval.significance import difference
 from llmprune.kernels.linear24 import SparseLinear24
 from llmprune.report import words
@@ -164,10 +164,64 @@ def test_wrong_tasks_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--tasks", "local_pika"], "unknown task 'local_pika'; did you mean 'local_piqa'?"),
         (["--tasks", "local_piqa"], "pass --task-data FOLDER"),
         (["--tasks", "local_piqa", "--task-data", tmp_path], "there is no piqa_valid.jsonl"),
+        (["--record"], "say what to measure: --perplexity"),
         (["--record", "--perplexity", "demo"], "only a model that llmprune made"),
     ):
         ran = cli("eval", DEMO, *arguments)
         assert ran.code == 2 and ran.out == "" and says in ran.err, ran.err
+
+
+def test_wrong_settings_are_found_before_anything_is_loaded(piqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_model(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(evaluate, "open_model", no_model)
+    for arguments, says in (
+        (["--limit", 0], "limit 0 must be"),
+        (["--limit", -3], "limit -3 must be"),
+        (["--limit", 2.5], "limit 2.5 must be"),
+        (["--seed", -5], "seed -5 must lie"),
+        (["--fewshot", -1], "fewshot -1 must be at least 0"),
+        (["--batch-size", 0], "batch_size 0 must be at least 1"),
+        (["--perplexity", "file:no-such.txt"], "no-such.txt"),
+        (["--perplexity", "demo", "--seqlen", 1], "seqlen 1 must be at least 2"),
+    ):
+        ran = cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, *arguments)
+        assert ran.code == 2 and ran.out == "" and says in ran.err, ran.err
+
+
+def test_no_chat_template(piqa: Path) -> None:
+    ran = cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, "--chat-template")
+    assert ran.code == 2 and "the model's tokenizer has none" in ran.err
+
+
+@pytest.mark.parametrize("form", ["--include_path {}", "--include_path={}"])
+def test_tasks_of_the_users_beside_ours(
+    form: str, piqa: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (piqa / "mine").mkdir()
+    (piqa / "mine" / "mine.yaml").write_text(f"include: {harness.TASKS / 'local_piqa.yaml'}\ntask: mine\n")
+    options = [
+        "--model",
+        "llmprune",
+        "--model_args",
+        f"pretrained={DEMO}",
+        "--tasks",
+        "mine,local_piqa",
+        "--limit",
+        "2",
+    ]
+    options += ["--metadata", json.dumps({"folder": str(piqa)}), "--batch_size", "2"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *options, *form.format(piqa / "mine").split(" ")])
+    harness.main()
+    said = capsys.readouterr().out
+    assert "|mine " in said and "|local_piqa" in said
+
+
+def test_says_nothing_of_git(piqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, "--limit", 1).code == 0
+    assert "git" not in capfd.readouterr().err
 
 
 def test_limit_keeps_paradigms_balanced(tmp_path: Path) -> None:

@@ -160,6 +160,10 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run of llmprune"):
         read_run(DEMO)
     assert cli("report", folders[0], "--out", tmp_path).code == 2
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        ran = cli("report", folders[0], "--out", tmp_path / "x.html", "--figures", place)
+        assert ran.code == 2 and "must be a folder" in ran.err
     ran = cli("report", folders[0], folders[0], "--out", tmp_path / "x.html")
     assert ran.code == 2 and "different names" in ran.err
     assert not (tmp_path / "x.html").exists()

@@ -58,6 +58,8 @@ def evaluate(
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
     if not (batch_size == "auto" or batch_size.isdigit()):
         raise UserError(f"--batch-size {batch_size} must be a number, or auto")
+    if not (perplexity or tasks or prompt or generate):
+        raise UserError("say what to measure: --perplexity SPEC, --tasks NAMES, --generate, or --prompt TEXT")
     if record and not (Path(model) / output.REPORT_NAME).is_file():
         name = Path(model) / output.REPORT_NAME
         raise UserError(f"--record: there is no {name}; only a model that llmprune made has one")
