@@ -50,7 +50,8 @@ def evaluate(
     opened = open_model(model, tokenizer, **place)
     # opened before anything is measured: a wrong name must not cost an evaluation
     dense = None if baseline is None else open_model(baseline, tokenizer, **place)
-    wanted.check_tokenizer(opened[1])
+    for _, words in (opened, dense or opened):
+        wanted.check_tokenizer(words)
     found, samples = wanted.of(*opened)
     result = {"model": _name(model), **found}
     if baseline is not None and dense is not None:

@@ -121,6 +121,14 @@ def test_a_scan_prunes_one_layer_alone(layout: str, tmp_path: Path) -> None:
     assert {one.name for one in (tmp_path / "s").iterdir()} == {"points", "search.json"}
 
 
+def test_what_lies_in_the_folder_stays(tmp_path: Path) -> None:
+    own = tmp_path / "s" / "levels" / "of water.csv"
+    own.parent.mkdir(parents=True)
+    own.write_text("1, 2")
+    llmprune.search(DEMO, out=tmp_path / "s", methods="magnitude", amounts="0.5", scan=True, **RUNS, **TEXT)
+    assert [one.name for one in own.parent.iterdir()] == [own.name] and own.read_text() == "1, 2"
+
+
 def test_a_scan_leaves_each_layer_out(tmp_path: Path) -> None:
     found = llmprune.search(DEMO, out=tmp_path / "s", methods="shortgpt", amounts="1", scan=True, **RUNS, **TEXT)
     for number, row in list(enumerate(found["scan"]))[::3]:
@@ -229,6 +237,7 @@ def test_a_recipe_says_the_same(tmp_path: Path) -> None:
         ({"methods": "wandda"}, "did you mean 'wanda'"),
         ({"methods": "auto", "scan": True}, "cannot be solved one by one"),
         ({"perplexity": "file:no-such.txt"}, "no-such.txt"),
+        ({"perplexity": None}, "name the text that decides: --perplexity SPEC"),
         ({"search.wrong": 1}, "unknown recipe key"),
     ],
 )

@@ -139,7 +139,7 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
     if source in evaluation.get("perplexity", {}) and source.startswith("file:"):
         found.append(f"calibration and evaluation text are the same ({short(source)}): the perplexity flatters")
     if not evaluation:
-        found.append("quality was not measured: llmprune eval DIR --baseline DENSE --record")
+        found.append("quality was not measured: llmprune eval DIR --perplexity SPEC --baseline DENSE --record")
     return found
 
 
