@@ -151,7 +151,8 @@ def _search_view(found: dict[str, Any]) -> dict[str, Any]:
         "base": Path(found["model"]).name,
         "sentences": budget_sentences(found),
         "tables": {"Models": sweep_table(found), "Each layer alone": scan_table(found)},
-        "protocol": f"Perplexity on {found['asked']['perplexity']}: {words.windows(windows)}, {windows['dtype']}. Calibrated on {calibration['samples']} sequences of {calibration['seqlen']} "
+        "protocol": f"Perplexity on {found['asked']['perplexity']}: {words.windows(windows)}, {windows['dtype']}. "
+        f"Calibrated on {calibration['samples']} sequences of {calibration['seqlen']} "
         f"tokens of {calibration['source']}, seed {found['recipe']['seed']}.",
     }
 

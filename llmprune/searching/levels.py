@@ -106,7 +106,7 @@ class Levels:
 
 
 def remove_levels(folder: Path) -> None:
-    """Remove what searches have put there, those that were broken off included; the folder too if nothing else is in it."""
+    """Remove what searches have put there, those that were broken off included, and the folder if it is then empty."""
     for store in folder.glob("[0-9a-f]" * DIGITS):
         shutil.rmtree(store, ignore_errors=True)
     with suppress(OSError):
