@@ -49,6 +49,8 @@ from llmprune.weights import REST, Resident, Streamed
 class Job:
     """A checked recipe together with its model, text and output. Creating one reads, but writes nothing."""
 
+    epochs = 0  # times that each layer is fitted to its dense output
+
     def __init__(
         self, recipe: Recipe, model: PreTrainedModel | None, tokenizer: Any, data: Any, out: str | Path | None
     ) -> None:
@@ -72,7 +74,7 @@ class Job:
         self.plan = self._make_plan()
         if recipe.permute:
             check_reordering(self.model, recipe.budget())
-        reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
+        reads = self.runs or entry(allocation_of(recipe)).measures or recipe.permute
         self.tokens = self._read_tokens() if reads else None
         self.share = self._shared()
         self.forecast: Forecast | None = None
@@ -93,6 +95,11 @@ class Job:
     @property
     def _splits(self) -> bool:
         return bool(getattr(self.method, "split", False))
+
+    @property
+    def runs(self) -> bool:
+        """Whether pruning runs the model on text: for its method, or to fit layers to their dense outputs."""
+        return of_text(self.method.needs) or self.epochs > 0
 
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
@@ -238,7 +245,7 @@ class Job:
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
-            return Resident(self.model)
+            return Resident(self.model, self.plan.units)
         output = self.output if writing else None
         weights = Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
         weights.prepare = self._order.apply
