@@ -56,7 +56,7 @@ class Restructuring(Job):
 
     # halves of layers that put out nothing, as soon as that is decided
     _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
-    _expected: torch.Tensor | None = None  # logits of the old model, its layers skipped and changed in memory
+    _expected: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what `_expect` said of them
 
     def _check_amount(self) -> None:
         recipe, kind = self.recipe, self.method.kind
@@ -158,7 +158,7 @@ class Restructuring(Job):
         reporter.say(self._settle(decision))
         if not self.share.batches:
             # no layer has run yet: that one cannot run by itself shows here, before anything is written
-            self._expected = self._logits_of_old_model(token_ids(self.model))
+            self._expect(token_ids(self.model))
         if isinstance(weights, Resident):
             self._cut_in_place()
         if self.output is None:
@@ -311,7 +311,7 @@ class Restructuring(Job):
             return verify(folder, None, unused, trust_remote_code=trust)
         return verify(
             folder,
-            lambda ids: self._logits_of_old_model(ids) if self._expected is None else self._expected,
+            self._expect,
             unused,
             of="of the old model, its layers skipped and changed in memory",
             dtype=self.dtype,
@@ -326,6 +326,12 @@ class Restructuring(Job):
     def _comparable(self) -> bool:
         """Whether the old model computes the same with layers skipped and other values in the rest."""
         return not self._decision.surgery.experts
+
+    def _expect(self, ids: torch.Tensor) -> torch.Tensor:
+        """`_logits_of_old_model`, once for the same tokens."""
+        if self._expected is None or not torch.equal(self._expected[0], ids):
+            self._expected = ids, self._logits_of_old_model(ids)
+        return self._expected[1]
 
     @torch.no_grad()
     def _logits_of_old_model(self, ids: torch.Tensor) -> torch.Tensor:
