@@ -127,6 +127,7 @@ def main() -> None:
     try:
         for kind, row in visit_all(wanted, arguments.jobs, time.monotonic() + 60 * arguments.minutes):
             found[kind] = {**row, "code": code}
+            path.write_text(json.dumps({"environment": record.environment(), "types": found}, indent=1) + "\n")
             print(kind, *(f"\n    {name}: {said}" for name, said in not_ok(row)), flush=True)
     finally:
         found = {kind: found[kind] for kind in TYPES if kind in found}
@@ -135,8 +136,8 @@ def main() -> None:
 
 
 def digest() -> str:
-    """A hash of the code whose doing the rows are: the library, and this script."""
-    files = [*record.ROOT.glob("scripts/zoo*.py")]
+    """A hash of the code whose doing the rows are: the library, the models and what is done with them."""
+    files = [*record.ROOT.glob("scripts/zoo_*.py")]
     files += [path for folder in ("llmprune", "kernels", "eval") for path in (record.ROOT / folder).rglob("*.py")]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
