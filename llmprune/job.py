@@ -72,8 +72,7 @@ class Job:
         self.plan = self._make_plan()
         if recipe.permute:
             check_reordering(self.model, recipe.budget())
-        reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
-        self.tokens = self._read_tokens() if reads else None
+        self.tokens = self._read_tokens() if self._reads_text() else None
         self.share = self._shared()
         self.forecast: Forecast | None = None
         self._order = Reordering()
@@ -89,6 +88,11 @@ class Job:
             raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
         self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
+
+    def _reads_text(self) -> bool:
+        """Whether the recipe takes calibration text."""
+        recipe = self.recipe
+        return of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
 
     @property
     def _splits(self) -> bool:

@@ -28,11 +28,15 @@ class Narrowing(Restructuring):
         check_width(self.recipe)
 
     def _make_plan(self) -> Plan:
-        self._width = plan_width(self.model, self._source_config(), self.recipe)
+        usual = self.method.whole if self.recipe.layout == "remote-code" else ()
+        self._width = plan_width(self.model, self._source_config(), self.recipe, usual)
         self._asked: Narrow = self._width.asked
         self.method.check(self.model, self._asked)
         self._slicing = self._width.example()
         return Plan(find_layers(self.model, head=False))
+
+    def _reads_text(self) -> bool:
+        return super()._reads_text() or self._asked.influence
 
     def describe_plan(self) -> dict[str, Any]:
         plan = super().describe_plan()

@@ -57,13 +57,15 @@ class Width(Strict):
     """What heads and channels may go."""
 
     units: Names = Field(
-        default_factory=list, description="kv-group, query-head or value-dimension, channel, expert-channel, residual"
+        default_factory=list,
+        description="kv-group, query-head or key-dimension and value-dimension, channel, expert-channel, residual",
     )
     round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
     protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
     protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
     generations: int = Field(default=30, ge=1, description="of allocation=evolutionary")
     offspring: int = Field(default=32, ge=1, description="candidates in each generation")
+    temperature: float = Field(default=0.1, gt=0, description="of allocation=influence: higher is more even")
 
 
 class Engine(Strict):

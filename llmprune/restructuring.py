@@ -74,6 +74,9 @@ class Restructuring(Job):
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
 
+    def _reads_text(self) -> bool:
+        return bool(self.method.needs)
+
     def _refuse(self, keys: Iterable[str], does: str) -> None:
         """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
         for key in keys:

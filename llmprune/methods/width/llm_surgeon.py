@@ -12,7 +12,8 @@ from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
 from llmprune.linalg import symmetric
 from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.choice import Way
+from llmprune.methods.width.sequential import UnitMethod, narrow
 from llmprune.solvers.groups import damped
 
 
