@@ -277,7 +277,7 @@ def test_other_methods_take_them_as_they_are_and_what_overlaps_is_refused(tmp_pa
     with pytest.raises(UserError, match="differ in width from what its configuration says"):
         llmprune.prune(tmp_path / "out", method="group-obs", dry_run=True, ratio=0.1, calibration=TEXT)
     refused = {"width": {"units": ["key-dimension"]}, "dry_run": True, **settings, "ratio": 0.01}
-    with pytest.raises(UserError, match="queries and keys pass .*q_norm"):
+    with pytest.raises(UserError, match=r"queries and keys pass .*q_norm"):
         llmprune.prune(tiny.build("qwen3"), method="modegpt", **refused)
     with pytest.raises(UserError, match="no scores for key-dimensions"):
         llmprune.prune(source, method="group-obs", **refused)

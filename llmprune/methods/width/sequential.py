@@ -51,8 +51,11 @@ class UnitMethod:
             raise UserError(
                 "allocation=evolutionary chooses among levels of group-obs (ziplm, slimgpt, osscar); use that method"
             )
-        if not self.compares and any(kind == KEY for _, kind in asked.units):
-            raise UserError(f"this method has no scores for {KEY}s; modegpt, group-magnitude and random-units have")
+        if any(kind == KEY for _, kind in asked.units):
+            if not self.compares:
+                raise UserError(f"this method has no scores for {KEY}s; modegpt, group-magnitude and random-units have")
+            if way.unique:
+                raise UserError(f"uniqueness compares what units put out, and {KEY}s put out nothing by themselves")
         if HIDDEN in asked.units and way.hidden is None:
             raise UserError(
                 f"this method has no scores for dimensions of the hidden state ({RESIDUAL}); llm-pruner, minitron, "
