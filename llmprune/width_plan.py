@@ -65,7 +65,7 @@ class WidthPlan:
     def config_of(self, slicing: Slicing, biases: Sequence[str] = ()) -> Any:
         """The new configuration; raises UserError where no class has one."""
         config = copy.deepcopy(self.config) if self.ragged else narrow_config(self.model, self.config, slicing)
-        return with_biases(config, biases) if biases else config
+        return with_biases(config, biases, self.config) if biases else config
 
     def differ(self, slicing: Slicing, new: PreTrainedModel, *configs: Any) -> None:
         """Where every layer may have a width of its own: change those of an empty model, and tell configurations."""

@@ -318,6 +318,12 @@ def test_check_needs_the_configuration_alone(tmp_path: Path) -> None:
     assert rows["wanda-sp"]["output"] == "plain (mistral)"
     assert not rows["flap"]["can"] and "attention_bias" in rows["flap"]["why"]
     assert not rows["reap"]["can"] and rows["shortgpt"]["what"] == "3 layers"
+    assert "remote-code" in rows["flap"]["why"]  # a Llama itself takes biases
+    fixed = tiny.save("bloom", tmp_path / "bloom")
+    rows = {row["name"]: row for row in json.loads(runner.cli("check", fixed, "--json").out)["methods"]}
+    report = prune(fixed, "modegpt", ratio=0.25, layout="remote-code").report
+    assert rows["modegpt"]["output"] == "remote-code" and not rows["group-obs"]["can"]
+    assert rows["modegpt"]["params_after"] == report["totals"]["params_after"] < report["totals"]["params_before"]
     unknown = tiny.save("mamba", tmp_path / "mamba")
     rows = {row["name"]: row for row in json.loads(runner.cli("check", unknown, "--json").out)["methods"]}
     assert "not known" in rows["group-obs"]["why"] and rows["wanda"]["can"]

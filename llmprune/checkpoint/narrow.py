@@ -128,16 +128,20 @@ def _stem(config: Any) -> str:
     return type(config).__name__.removesuffix("Config")
 
 
-def with_biases(config: Any, parameters: Collection[str]) -> Any:
-    """A copy of `config` that gives the model these biases as well; raises UserError where the class has no key."""
+def with_biases(config: Any, parameters: Collection[str], source: Any) -> Any:
+    """A copy of `config` that gives the model these biases as well; raises UserError where the class has no key.
+
+    `source`: the configuration of the model before, for which another class may stand in.
+    """
     edited = copy.deepcopy(config)
     for key, half in BIAS_KEYS.items():
         if any(half in name for name in parameters):
             if not hasattr(edited.get_text_config(), key):
+                same = isinstance(edited, type(source))
+                other = "" if same else f", or layout=remote-code, with which it stays a {type(source).__name__}"
                 raise UserError(
                     f"{type(edited).__name__} has no {key}, so its layers cannot be given a bias; "
-                    "set compensate=least-squares, or none (or, where this class only stands in for another, which has it: "
-                    "layout=remote-code)"
+                    f"set compensate=least-squares, or none{other}"
                 )
             setattr(edited.get_text_config(), key, True)
     return edited
