@@ -227,6 +227,14 @@ def test_layers_of_unequal_width_are_padded(allocation: str, tmp_path: Path) -> 
     assert sum(int((one == 0).sum()) for one in result.model.parameters()) >= report["totals"]["zeros"]
 
 
+def test_pooled_heads_are_numbers_that_the_class_takes() -> None:
+    # a Gemma 2 of hidden size 32 and 8 heads in 4 groups takes no 6 heads, and no other class stands in for it
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        result = prune(tiny.build("gemma2"), "wanda-sp", ratio=ratio, allocation="pooled", width={"round_to": 4})
+        kept = result.report["structure"]["widths"]
+        assert set(kept["kv-group"]) <= {1, 2, 4} and all(one % 4 == 0 for one in kept["channel"])
+
+
 def test_protected_layers_keep_their_width(tmp_path: Path) -> None:
     source = tiny.save("qwen2", tmp_path / "dense")
     width = {"protect_first": 1, "protect_last": 1}

@@ -421,9 +421,12 @@ def test_pooled_amounts_follow_the_true_cost() -> None:
     scores = {place: torch.arange(one.count, dtype=DOUBLE) for place, one in ask.units.items()}
     scores[(0, CHANNEL)] = torch.cat([torch.zeros(47, dtype=DOUBLE), torch.full((1,), 1e6, dtype=DOUBLE)])
     counts = pooled(ask, scores)
-    most = max(one.cost for one in ask.units.values())
+    # heads go one by one, channels by four
+    most = max(one.cost * (4 if one.kind == CHANNEL else 1) for one in ask.units.values())
     assert 5000 <= removed(ask, counts) < 5000 + most
     assert all(counts[place] < one.count for place, one in ask.units.items())
+    assert all((one.count - counts[place]) % 4 == 0 for place, one in ask.units.items() if one.kind == CHANNEL)
+    assert 0 < counts[(1, CHANNEL)] < 48
     # standardised, its many zeros lie just below the mean: units of other layers go first
     assert counts[(0, CHANNEL)] < counts[(1, CHANNEL)]
 

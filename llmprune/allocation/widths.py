@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -96,21 +97,25 @@ def rising(demand: Demand, scores: Scores) -> dict[Place, int]:
 def pooled(demand: Demand, scores: Scores) -> dict[Place, int]:
     """Scores of each place brought to mean 0 and deviation 1, then pooled: the lowest go until enough parameters do.
 
-    An et al. 2024 (FLAP, AAAI), section 4.2, with the true cost of a unit in place of a constant. Where units come in
-    strata the mean over them counts, and at least one unit of each stratum stays.
+    An et al. 2024 (FLAP, AAAI), section 4.2, with the true cost of a unit in place of a constant. Units go in such numbers
+    that what stays is a number that may, by the mean of their scores. Where they come in strata the mean over these counts,
+    and at least one unit of each stratum stays.
     """
-    steps: list[tuple[float, Place]] = []
+    steps: list[tuple[float, Place, int]] = []
     for place, one in demand.units.items():
-        sorted_SU = _standardised(scores[place]).view(one.strata, -1).sort(dim=1).values
-        steps += [(float(score), place) for score in sorted_SU.mean(0)[:-1]]
+        score_U = _standardised(scores[place]).view(one.strata, -1).sort(dim=1).values.mean(0)
+        step = demand.step_of(place)
+        allowed = demand.may_stay(place) or [*range(step, one.size, step), one.size]
+        for left, before in reversed(list(pairwise(allowed))):
+            steps.append((float(score_U[one.size - before : one.size - left].mean()), place, before - left))
     counts = dict.fromkeys(demand.units, 0)
-    left = demand.parameters
-    for _, place in sorted(steps, key=lambda one: one[0]):
-        if left <= 0:
+    missing = demand.parameters
+    for _, place, each in sorted(steps, key=lambda one: one[0]):
+        if missing <= 0:
             break
-        counts[place] += demand.units[place].strata
-        left -= demand.units[place].cost * demand.units[place].strata
-    if left > 0:
+        counts[place] += each * demand.units[place].strata
+        missing -= each * demand.units[place].cost * demand.units[place].strata
+    if missing > 0:
         raise _too_much(demand)
     return counts
 
