@@ -55,7 +55,8 @@ class Job:
         self.recipe, self.ranks = recipe, current()
         self._kernels: dict[str, Any] = {}
         self.method: Any = method_of(recipe)
-        self._check_amount()
+        self.check_amount(recipe, self.method)
+        self.epochs = epochs_of(recipe)
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)
         self.checkpoint = None if self.folder is None else Checkpoint(self.folder)
@@ -79,15 +80,15 @@ class Job:
         self.notes: list[str] = []  # what the user should know of how the run went
         self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
 
-    def _check_amount(self) -> None:
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
         """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
-        if self.method.kind != "weight":
-            raise UserError(f"{self.recipe.method!r} is no method for weights")
-        self.recipe.budget()
-        if fits_layers(self.method) and self.ranks.count > 1:
-            raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
-        self.epochs = epochs_of(self.recipe)
-        self._allocator = allocator(allocation_of(self.recipe))
+        if method.kind != "weight":
+            raise UserError(f"{recipe.method!r} is no method for weights")
+        recipe.budget()
+        allocator(allocation_of(recipe))
+        if fits_layers(method) and current().count > 1:
+            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
 
     def _reads_text(self) -> bool:
         """Whether the recipe takes calibration text."""
@@ -116,7 +117,7 @@ class Job:
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:
         """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
         with torch.no_grad():
-            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+            allocate(self.plan, recipe, self.method, allocator(allocation_of(recipe)), self.dense())
         return dict(self.plan.budgets)
 
     def dense(self) -> Dense:
