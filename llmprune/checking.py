@@ -92,7 +92,8 @@ def _width(
     if isinstance(plan, UserError):
         if not method.whole:
             raise plan
-        plan = plan_width(model, config, Recipe(ratio=ratio, layout="remote-code"), method.whole)
+        recipe = Recipe(ratio=ratio, allocation="uniform", layout="remote-code")
+        plan = plan_width(model, config, recipe, method.whole)
     method.check(model, plan.asked)
     slicing = plan.example()
     left = [f"{', '.join(map(str, counts))} {kind}s" for kind, counts in widths(slicing).items()]
