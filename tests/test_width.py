@@ -347,3 +347,33 @@ def test_a_method_without_text_takes_every_allocation(allocation: str) -> None:
     model = tiny.build("llama")
     result = llmprune.prune(model, method="group-magnitude", ratio=0.2, allocation=allocation, width={"round_to": 4})
     assert result.report["totals"]["params_after"] < result.report["totals"]["params_before"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"damping": -0.1}, "damping -0.1"),
+        ({"aim": 1.5}, "aim 1.5"),
+        ({"method": "ziplm", "allocation": "evolutionary"}, "stream=dense"),
+        ({"method": "llm-surgeon-structured", "damping_outputs": 0.0}, "damping_outputs"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_first(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        llmprune.prune(
+            tiny.build("llama"),
+            calibration=TEXT,
+            **{"method": "group-obs", "ratio": 0.2, "width": {"round_to": 4}} | settings,
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("k-prune", "uniform"), ("wanda-sp", "pooled"), ("thinet", "uniform")]
+)
+def test_experts_lose_channels_too(method: str, allocation: str) -> None:
+    """Their scores are an expert's own, and their products want sizes that divide by eight."""
+    result = llmprune.prune(tiny.build("mixtral"), method=method, ratio=0.2, allocation=allocation, calibration=TEXT)
+    widths = result.report["structure"]["widths"]
+    assert result.report["totals"]["params_after"] < result.report["totals"]["params_before"]
+    assert all(one % 8 == 0 for one in widths["expert-channel"])

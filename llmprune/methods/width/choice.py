@@ -13,6 +13,7 @@ from llmprune.engine.widths import Evidence
 from llmprune.methods.structural import Narrow
 from llmprune.solvers.groups import damped, eliminate, unlike
 from llmprune.statistics import DRIFT, GRAM, MOMENTS
+from llmprune.types import UserError
 
 # The scores of the units of some evidence: those with the lowest go.
 Score: TypeAlias = Callable[[Evidence], torch.Tensor]
@@ -43,6 +44,12 @@ class Way:
     weigh: Weigh | None = None
     hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
     basis: Callable[[Evidence], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise UserError(f"damping {self.damping} must be above 0 and at most 1")
+        if not 0 <= self.aim <= 1:
+            raise UserError(f"aim {self.aim} must lie between 0 and 1")
 
     @property
     def reads(self) -> frozenset[str]:

@@ -40,6 +40,10 @@ class LLMSurgeonStructured(UnitMethod):
         "inner width in float64, and the new o and down matrices of all layers"
     )
 
+    def __post_init__(self) -> None:
+        if not 0 < self.damping_outputs <= 1:
+            raise ValueError(f"damping_outputs {self.damping_outputs} must be above 0 and at most 1")
+
     def way(self) -> Way:
         return Way(None, "least-squares", damping=self.damping)
 

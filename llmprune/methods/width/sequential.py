@@ -51,6 +51,10 @@ class UnitMethod:
             raise UserError(
                 "allocation=evolutionary chooses among levels of group-obs (ziplm, slimgpt, osscar); use that method"
             )
+        if asked.search is not None and (way.aim or not way.pruned):
+            raise UserError(
+                "allocation=evolutionary compares layers on the pruned stream: leave out aim and stream=dense (ziplm)"
+            )
         if any(kind == KEY for _, kind in asked.units):
             if not self.compares:
                 raise UserError(f"this method has no scores for {KEY}s; modegpt, group-magnitude and random-units have")
