@@ -93,11 +93,16 @@ class Job:
     def _reads_text(self) -> bool:
         """Whether the recipe takes calibration text."""
         recipe = self.recipe
-        return of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
+        return self.runs or entry(allocation_of(recipe)).measures or recipe.permute
 
     @property
     def _splits(self) -> bool:
         return bool(getattr(self.method, "split", False))
+
+    @property
+    def runs(self) -> bool:
+        """Whether pruning runs the model on text: for its method, or to fit layers to their dense outputs."""
+        return of_text(self.method.needs) or self.epochs > 0
 
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
@@ -243,7 +248,7 @@ class Job:
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
-            return Resident(self.model)
+            return Resident(self.model, self.plan.units)
         output = self.output if writing else None
         weights = Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
         weights.prepare = self._order.apply
