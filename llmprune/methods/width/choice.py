@@ -46,8 +46,8 @@ class Way:
     basis: Callable[[Evidence], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise UserError(f"damping {self.damping} must be above 0 and at most 1")
+        if not 0 <= self.damping <= 1:
+            raise UserError(f"damping {self.damping} must lie between 0 and 1")
         if not 0 <= self.aim <= 1:
             raise UserError(f"aim {self.aim} must lie between 0 and 1")
 
