@@ -30,6 +30,7 @@ from llmprune.memory import PeakMemory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
+from llmprune.recipe import Recipe
 from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
 from llmprune.types import RunError, UserError
@@ -54,20 +55,20 @@ WEIGHT_KEYS = (
 class Restructuring(Job):
     """A checked recipe of a depth or expert method. As for `Job`, creating one writes nothing."""
 
-    # halves of layers that put out nothing, as soon as that is decided
-    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})  # halves that put out nothing, once decided
     _expected: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what `_expect` said of them
 
-    def _check_amount(self) -> None:
-        recipe, kind = self.recipe, self.method.kind
-        self._refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
+        kind = method.kind
+        refuse(recipe, ("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
             raise UserError(f"say how much {recipe.method!r} should leave out: {example}")
         if getattr(recipe, other) is not None:
             raise UserError(f"{recipe.method!r} leaves out {_units(kind)}; it cannot do {other}")
-        if isinstance(recipe.drop_layers, list) and not self.method.takes_list:
+        if isinstance(recipe.drop_layers, list) and not method.takes_list:
             raise UserError(
                 f"{recipe.method!r} chooses the layers itself: give their number; to name them leave out the method"
             )
@@ -75,12 +76,8 @@ class Restructuring(Job):
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
 
-    def _refuse(self, keys: Iterable[str], does: str) -> None:
-        """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
-        for key in keys:
-            field = type(self.recipe).model_fields[key]
-            if getattr(self.recipe, key) != field.get_default(call_default_factory=True):
-                raise UserError(f"{key} has no meaning for {self.recipe.method!r}, which {does}")
+    def _reads_text(self) -> bool:
+        return bool(self.method.needs)
 
     def _make_plan(self) -> Plan:
         refuse_shared_layers(self.config)
@@ -194,16 +191,14 @@ class Restructuring(Job):
 
     def _short(self, weights: Streamed | Resident) -> Trunk:
         """The layers on a few tokens."""
-        ids = token_ids(self.model).to(self.device)
-        return Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+        return Trunk(self.model, self.plan.units, [{"input_ids": token_ids(self.model).to(self.device)}], weights)
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
         self._decision, self._silent = decision, decision.surgery.silent
         self._new_config, self._new, self._cut = self._cutter(decision.surgery)
         self._totals = {"params_before": parameter_count(self.model), "params_after": parameter_count(self._new)}
-        scores = decision.scores.items()
-        self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
+        self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in decision.scores.items()]
         return in_words(decision, self.plan)
 
     def _cut_in_place(self) -> None:
@@ -263,8 +258,7 @@ class Restructuring(Job):
     def _owners(self) -> tuple[dict[str, str], dict[str, int]]:
         """Which parameter every tensor of the checkpoint feeds, and to which layer it belongs, where it does."""
         assert self.checkpoint is not None
-        groups = Routing(self.model, self.checkpoint).groups
-        feeds = {key: name for name, group in groups.items() for key in group.keys}
+        feeds = Routing(self.model, self.checkpoint).feeds
         return feeds, layer_of_keys(feeds, [unit.prefix for unit in self.plan.units], list(self.checkpoint.entries))
 
     def _layers(self) -> list[int]:
@@ -392,6 +386,14 @@ class Restructuring(Job):
     def _warnings(self) -> list[str]:
         """What the user should know of the result."""
         return []
+
+
+def refuse(recipe: Recipe, keys: Iterable[str], does: str) -> None:
+    """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
+    for key in keys:
+        field = type(recipe).model_fields[key]
+        if getattr(recipe, key) != field.get_default(call_default_factory=True):
+            raise UserError(f"{key} has no meaning for {recipe.method!r}, which {does}")
 
 
 def _units(kind: str) -> str:
