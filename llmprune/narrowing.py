@@ -15,8 +15,8 @@ from llmprune.checkpoint.surgery import graft
 from llmprune.engine.trunk import States, Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
-from llmprune.recipe import Recipe
-from llmprune.restructuring import WEIGHT_KEYS, Restructuring, refuse
+from llmprune.recipe import WEIGHT_KEYS, Recipe
+from llmprune.restructuring import Restructuring
 from llmprune.weights import Resident, Streamed
 from llmprune.width_plan import check_width, plan_width
 
@@ -26,7 +26,7 @@ class Narrowing(Restructuring):
 
     @staticmethod
     def check_amount(recipe: Recipe, method: Any) -> None:
-        refuse(recipe, ("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
+        recipe.refuse(("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
         check_width(recipe)
 
     def _make_plan(self) -> Plan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -95,6 +96,11 @@ class Override(Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
+# Keys that say which weights become zero: they mean nothing where heads, layers or experts go.
+WEIGHT_KEYS = (
+    *("sparsity", "pattern", "targets", "ignore", "overrides"),
+    *("refine", "update", "retarget", "reconstruct"),
+)
 # Amounts of what is not weights.
 AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
 
@@ -170,6 +176,12 @@ class Recipe(Strict):
         if not pattern.structured and self.sparsity is None:
             raise UserError("say how much to prune: a sparsity such as 0.5, or a pattern such as 2:4")
         return Budget.of(self.sparsity, pattern)
+
+    def refuse(self, keys: Iterable[str], does: str) -> None:
+        """Raise UserError if one of these keys is set, which has no meaning for what the method does."""
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise UserError(f"{key} has no meaning for {self.method!r}, which {does}")
 
     def check_share(self) -> None:
         """Whether `ratio` or `params` says how much of the width goes; raises UserError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from llmprune.memory import PeakMemory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
-from llmprune.recipe import Recipe
+from llmprune.recipe import WEIGHT_KEYS, Recipe
 from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
 from llmprune.types import RunError, UserError
@@ -45,11 +45,6 @@ ROUTER = (
     "went to the others are routed anew, and their gates are not added up (an approximation); layout=remote-code keeps "
     "all rows"
 )
-# Recipe keys that say which weights become zero: they mean nothing here.
-WEIGHT_KEYS = (
-    *("sparsity", "pattern", "targets", "ignore", "overrides"),
-    *("refine", "update", "retarget", "reconstruct"),
-)
 
 
 class Restructuring(Job):
@@ -61,7 +56,7 @@ class Restructuring(Job):
     @staticmethod
     def check_amount(recipe: Recipe, method: Any) -> None:
         kind = method.kind
-        refuse(recipe, ("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
+        recipe.refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
@@ -386,14 +381,6 @@ class Restructuring(Job):
     def _warnings(self) -> list[str]:
         """What the user should know of the result."""
         return []
-
-
-def refuse(recipe: Recipe, keys: Iterable[str], does: str) -> None:
-    """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
-    for key in keys:
-        field = type(recipe).model_fields[key]
-        if getattr(recipe, key) != field.get_default(call_default_factory=True):
-            raise UserError(f"{key} has no meaning for {recipe.method!r}, which {does}")
 
 
 def _units(kind: str) -> str:
