@@ -19,6 +19,8 @@ KINDS = {
     "movement": "llmprune.recovery.movement:Movement",
     "sheared": "llmprune.recovery.sheared:Sheared",
     "compresso": "llmprune.recovery.sheared:Compresso",
+    "splora": "llmprune.recovery.splora:Splora",
+    "apt": "llmprune.recovery.apt:Apt",
 }
 
 # Named settings: recipe keys that hold where the user leaves them open.

@@ -9,6 +9,7 @@ from torch import nn
 
 from llmprune.arch.units import Units
 from llmprune.methods.width.sequential import lowest
+from llmprune.recovery.narrower import OnColumns
 
 # Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", section 2.2
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
@@ -16,7 +17,7 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 START = 3.0
 
 
-class Gate(nn.Module):
+class Gate(OnColumns):
     """A factor for the input columns of a writing matrix that each of U units owns: 1 leaves a unit, 0 takes it out.
 
     In training a factor is a hard concrete variable: s = sigmoid((logit u + log_alpha) / TEMPERATURE), u uniform, stretched
@@ -25,22 +26,11 @@ class Gate(nn.Module):
     `multipliers`: the two of the price.
     """
 
-    unit_I: torch.Tensor
     open: torch.Tensor
     made: torch.Tensor
 
     def __init__(self, units: Units, device: torch.device) -> None:
-        super().__init__()
-        assert units.writer is not None and units.columns_UN is not None
-        self._strata, self._input_axis = units.strata, units.writer.input_axis
-        # which unit a column belongs to; of experts, a row of columns for each
-        owners = units.strata if units.stacked else 1
-        unit_OI = torch.empty(owners, units.columns_UN.numel() // owners, dtype=torch.int64)
-        for owner, (unit_U, columns_UN) in enumerate(
-            zip(torch.arange(units.count).chunk(owners), units.columns_UN.chunk(owners), strict=True)
-        ):
-            unit_OI[owner, columns_UN.flatten()] = unit_U.repeat_interleave(columns_UN.shape[1])
-        self.register_buffer("unit_I", (unit_OI if units.stacked else unit_OI[0]).to(device), persistent=False)
+        super().__init__(units, device)
         self.register_buffer("open", torch.tensor(units.count))
         self.register_buffer("made", torch.tensor(False))
         self.log_alpha = nn.Parameter(torch.full((units.count,), START, device=device))
@@ -48,8 +38,7 @@ class Gate(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         factor_U = self.drawn() if self.training and not self.made else self.settled().detach()
-        factor_I = factor_U[self.unit_I].to(weight.dtype)
-        return weight * factor_I.unsqueeze(-1 if self._input_axis < weight.dim() - 1 else -2)
+        return self.times(weight, factor_U)
 
     def drawn(self) -> torch.Tensor:
         """Factors with noise, U."""
@@ -63,7 +52,7 @@ class Gate(nn.Module):
 
     def gone(self) -> list[int]:
         """The units that are shut for good: the lowest log_alpha, ties to the lowest number."""
-        return lowest(self.log_alpha.detach(), len(self.log_alpha) - int(self.open), self._strata)
+        return lowest(self.log_alpha.detach(), len(self.log_alpha) - int(self.open), self.strata)
 
     def open_share(self) -> torch.Tensor:
         """The expected share of factors that are not 0 (Louizos et al. 2018, eq. 12)."""

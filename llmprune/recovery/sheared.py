@@ -9,61 +9,41 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.checkpoint.slicing import Slicing
-from llmprune.recipe import Recipe, Width
+from llmprune.checkpoint.slicing import Place
 from llmprune.recovery.finetune import Finetune
 from llmprune.recovery.gates import Gate
 from llmprune.recovery.kind import Kind
 from llmprune.recovery.masked import Masked
+from llmprune.recovery.narrower import Narrower
 from llmprune.recovery.zeros import Target, attach
-from llmprune.types import UserError
-from llmprune.width_plan import WidthPlan, plan_width
 
 
 @dataclass
-class Sheared(Kind):
+class Sheared(Narrower):
     """Sheared LLaMA (Xia et al. 2024, arXiv:2310.06694, section 2.1), all weights trained beside the gates.
 
     Every kv group and channel has a hard concrete gate on the columns that it feeds; multipliers of a price lead each layer
     to the same number of open ones, which falls evenly over the share `ramp` of the steps; in the rest only the weights
     move, those of the shape that was chosen. The numbers are those that a width method takes out for `ratio`, a share of
-    the layers' parameters; `units`: kinds that may go, as "kv-group,channel". The hidden state and the depth stay as they
+    the layers' parameters (`units`: see `Narrower`). The hidden state and the depth stay as they
     are (the paper gates them too). `gate_rate`: of gates and multipliers, as a multiple of the weights' rate. At the end
     the open gates go into the weights, and the others are cut out.
     """
 
     learning_rate: ClassVar[float] = 3e-4
-    keeps_zeros: ClassVar[bool] = False
-    shards: ClassVar[bool] = False  # units are compared over whole matrices
 
-    ratio: float = 0.0
-    units: str = ""
-    ramp: float = 0.5
     gate_rate: float = 500.0
-
-    def check(self, targets: list[Target]) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError("say how much of the layers' parameters goes: --set ratio=0.25")
-        if not 0 < self.ramp <= 1:
-            raise UserError(f"ramp={self.ramp} must lie in (0, 1]: the share of the steps in which gates shut")
 
     def trainer(self) -> Kind:
         """The kind that trains the weights themselves."""
         return Finetune()
 
     def prepare(self, model: PreTrainedModel, targets: list[Target]) -> nn.Module:
-        units = [one.strip() for one in self.units.split(",") if one.strip()]
-        recipe = Recipe(model="", method="sheared", ratio=self.ratio, width=Width(units=units))
-        self._plan: WidthPlan = plan_width(model, model.config, recipe)
-        asked = self._plan.asked
-        counts = {place: count for place, count in asked.spread({}).items() if count}
-        by_name = {target.name: target for target in targets}
-        places = {place: by_name[asked.units[place].writer.name] for place in counts}  # type: ignore[union-attr]
+        places = self.planned(model, targets)
         trained = self.trainer().prepare(model, targets)
-        self._gates = {place: Gate(asked.units[place], target.kept.device) for place, target in places.items()}
+        self._gates = {place: Gate(self.units_of(place), target.kept.device) for place, target in places.items()}
         gates = {target.name: self._gates[place] for place, target in places.items()}
         attach(list(places.values()), lambda target: gates[target.name])
-        self._counts = {place: (asked.units[place].count, counts[place], asked.units[place].strata) for place in counts}
         return trained
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -85,22 +65,14 @@ class Sheared(Kind):
     def after_step(self, done: int, steps: int) -> bool:
         progress = min(done / (self.ramp * steps), 1.0)
         for place, gate in self._gates.items():
-            count, gone, strata = self._counts[place]
-            gate.open.fill_(count - int(progress * gone / strata) * strata)
+            gate.open.fill_(gate.count - self.due(place, progress))
         chosen = self.settled(done, steps) and not all(gate.made for gate in self._gates.values())
         for gate in self._gates.values():
             gate.made.fill_(self.settled(done, steps))
         return chosen
 
-    def settled(self, done: int, steps: int) -> bool:
-        return done >= self.ramp * steps
-
-    def merge(self, targets: list[Target]) -> None:
-        self._removed = {place: gate.eval().gone() for place, gate in self._gates.items()}
-        super().merge(targets)
-
-    def cut(self) -> tuple[WidthPlan, Slicing]:
-        return self._plan, self._plan.sliced(self._removed)
+    def removed(self) -> dict[Place, list[int]]:
+        return {place: gate.eval().gone() for place, gate in self._gates.items()}
 
 
 @dataclass
