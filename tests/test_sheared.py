@@ -104,7 +104,7 @@ def test_the_price_drives_the_open_share_to_what_is_due() -> None:
     assert abs(float(gate.open_share()) - 0.5) < 0.05 and float(gate.multipliers[1]) > 0
 
 
-@pytest.mark.parametrize("how", ["sheared", "compresso"])
+@pytest.mark.parametrize("how", ["sheared", "compresso", "splora", "apt"])
 def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) -> None:
     result = llmprune.recover(DEMO, how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
     entry, report = result.report["recovery"][-1], result.report
@@ -125,13 +125,14 @@ def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) ->
     assert product(tmp_path / "again")["model.safetensors"] == product(tmp_path / "out")["model.safetensors"]
 
 
-def test_experts_lose_channels_too(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["sheared", "splora"])
+def test_experts_lose_channels_too(how: str, text: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     config = tiny.TINY["mixtral"].__class__(**{**tiny.TINY["mixtral"].to_dict(), "vocab_size": 512})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(tmp_path / "dense")
-    llmprune.recover(tmp_path / "dense", how="sheared", ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
+    llmprune.recover(tmp_path / "dense", how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size < config.intermediate_size
 
