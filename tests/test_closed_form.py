@@ -92,8 +92,8 @@ def test_writers_are_least_squares_on_their_mask(name: str, path: str) -> None:
         design = torch.cat([x_TI, damping_II])[:, kept_I]
         goal = torch.cat([x_TI @ old_I + lack_TO[:, row], damping_II @ old_I])
         best = torch.linalg.lstsq(design, goal).solution
-        # what conjugate gradients leave at a relative gradient of 1e-4, in float32
-        assert torch.allclose(mine_I[kept_I], best, rtol=0, atol=2e-3 * float(best.abs().max()))
+        # what conjugate gradients leave at a relative gradient of 1e-4, where no curvature is below the damping
+        assert torch.allclose(mine_I[kept_I], best, rtol=0, atol=1e-4 / DAMPING * float(best.abs().max()))
         left = [float((design @ one - goal).square().sum()) for one in (mine_I[kept_I], best)]
         assert left[0] == pytest.approx(left[1], rel=1e-5)
 

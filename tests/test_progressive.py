@@ -135,14 +135,12 @@ def test_units_go_bit_by_bit_and_the_lowest_ones(how: str) -> None:
 
 def test_factors_fall_by_steps() -> None:
     kind, model, _ = prepared("splora", "llama", ramp=1.0)
-    seen = []
+    seen = set()
     for done in range(1, 21):
         backward(model)
         kind.after_step(done, 20)
-        mask = kind.masks[next(iter(kind.masks))]
-        seen.append(float(mask.factor.sum() - mask.kept.sum()))
-        assert float((mask.factor - mask.factor.clamp(0, 1)).abs().max()) == 0
-    assert any(0 < one < 1 for one in seen) and seen[-1] == 0
+        seen |= {round(float(one), 3) for mask in kind.masks.values() for one in mask.factor}
+    assert seen == {0.0, 0.25, 0.5, 0.75, 1.0}  # over the last fifth of the ramp
 
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2", "phi3", "mixtral"])
@@ -191,24 +189,20 @@ def test_adapters_that_matter_grow() -> None:
         for one in adapters:
             one.b[..., 4:] = 0
     ids = tiny.tokens(2, 12)
-    for done in range(1, 21):
+    for done in range(1, 11):
         before = model(input_ids=ids, use_cache=False).logits.detach()
         model.zero_grad()
         backward(model)
         assert all(float(one.b.grad[..., int(one.active) :].abs().sum()) == 0 for one in adapters)
         slopes = [float((one.b * one.b.grad).flatten(0, -2).sum(0).abs().sum()) for one in adapters]
         ranks = [int(one.active) for one in adapters]
-        kind._tune(done, 10) if done <= 10 else None
-        if done == 1:
-            weights = [float(one.importance) for one in adapters]
-            assert weights == pytest.approx([0.15 * one for one in slopes], rel=1e-4)
-        grown = [one for one, old in zip(adapters, ranks, strict=True) if int(one.active) > old]
-        assert bool(grown) == (done in (3, 5, 8, 10)) and len(grown) <= len(adapters) // 2
-        rest = [one for one in adapters if int(one.active) < 8 and one not in grown]
-        if grown:
-            assert min(float(one.importance) for one in grown) >= max(
-                (float(one.importance) for one in rest if float(one.importance)), default=0
-            ) or any(int(one.active) == 8 for one in adapters)
+        kind._tune(done, 10)
+        # a moving average of the same numbers
+        weights = [(1 - 0.85**done) * one for one in slopes]
+        assert [float(one.importance) for one in adapters] == pytest.approx(weights, rel=1e-4)
+        grown = {number for number, one in enumerate(adapters) if int(one.active) > ranks[number]}
+        half = set(sorted(range(len(adapters)), key=lambda number: -slopes[number])[: len(adapters) // 2])
+        assert grown == (half if done in (3, 5, 8) else set())  # 4, 5, 6, 8, and no room is left at 10
         # new ranks start at nothing
         assert torch.equal(model(input_ids=ids, use_cache=False).logits.detach(), before)
     assert sorted({int(one.active) for one in adapters}) == [4, 8]
