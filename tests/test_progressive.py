@@ -87,28 +87,20 @@ def test_salience_is_activations_times_gradients_and_outliers(layout: str) -> No
         assert float(kind.masks[place].sums_7I.abs().max()) == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "phi3", "mixtral"])
 def test_slopes_are_derivatives_by_the_factors(layout: str) -> None:
-    """Against central differences in float64."""
+    """Against autograd's, with the factors as leaves; two backward passes add up."""
     kind, model, _ = prepared("splora", layout)
-    model.double()
-    kind_slopes = {}
-    backward(model)
-    for place, mask in kind.masks.items():
-        kind_slopes[place] = mask.taken()
-    step = 1e-4
-    for place, mask in list(kind.masks.items())[:2]:
-        for unit in (0, mask.count - 1):
-            losses = []
-            for moved in (1 + step, 1 - step):
-                mask.factor[unit] = moved
-                with torch.no_grad():
-                    losses.append(float(model(input_ids=tiny.tokens(2, 12), use_cache=False).logits.double()
-                                        .logsumexp(-1).mean()))  # fmt: skip
-            mask.factor[unit] = 1.0
-            slope = abs(losses[0] - losses[1]) / (2 * step)
-            # slopes are summed in float32; an error of the differences is of the second order in the step
-            assert float(kind_slopes[place][unit]) == pytest.approx(slope, rel=1e-3, abs=1e-8)
+    for mask in kind.masks.values():
+        mask.factor.requires_grad_()
+    for _ in range(2):
+        backward(model)
+    for mask in kind.masks.values():
+        assert mask.factor.grad is not None
+        expected = mask.factor.grad.abs()
+        # sums of float32 numbers
+        assert torch.allclose(mask.taken(), expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+        assert float(mask.taken().abs().max()) == 0
 
 
 @pytest.mark.parametrize("how", ["splora", "apt"])
