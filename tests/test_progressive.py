@@ -204,6 +204,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     quick = {"out": tmp_path / "out", "seqlen": 32, "steps": 2, "batch_size": 4}
     for how, settings, says in (
         ("apt", {}, "ratio=0.25"),
+        ("apt", {"ratio": 2}, "ratio=2 must lie between"),
         ("splora", {"ratio": 0.3, "ramp": 1.5}, "ramp=1.5"),
         ("apt", {"ratio": 0.3, "growth": 0.5}, "growth=0.5"),
         ("apt", {"ratio": 0.3, "units": "layer"}, "unknown unit"),

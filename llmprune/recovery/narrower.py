@@ -35,8 +35,12 @@ class Narrower(Kind):
     ramp: float = 0.5
 
     def check(self, targets: list[Target]) -> None:
-        if not 0 < self.ratio < 1:
+        if not self.ratio:
             raise UserError("say how much of the layers' parameters goes: --set ratio=0.25")
+        if not 0 < self.ratio < 1:
+            raise UserError(
+                f"ratio={self.ratio} must lie between 0 and 1: the share of the layers' parameters that goes"
+            )
         if not 0 < self.ramp <= 1:
             raise UserError(f"ramp={self.ramp} must lie in (0, 1]: the share of the steps in which units go")
 
