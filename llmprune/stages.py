@@ -15,7 +15,7 @@ from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
 from llmprune.checkpoint.source import resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
-from llmprune.methods import method_class
+from llmprune.methods import method_class, method_of
 from llmprune.narrowing import Narrowing
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
@@ -47,6 +47,10 @@ def run(
     first stage, since the others depend on what it leaves.
     """
     stages = stages_of(recipe)
+    if any(getattr(method_of(stage), "split", False) for stage in stages[:-1]):
+        raise UserError(
+            "split stores an adapter, which the stage or step after it would lose: split in the last stage, in one step"
+        )
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
     if ranks.current().count > 1:
