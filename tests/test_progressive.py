@@ -208,6 +208,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         ("splora", {"ratio": 0.3, "ramp": 1.5}, "ramp=1.5"),
         ("apt", {"ratio": 0.3, "growth": 0.5}, "growth=0.5"),
         ("apt", {"ratio": 0.3, "units": "layer"}, "unknown unit"),
+        ("splora", {"ratio": 0.3, "units": "residual"}, "units=residual: they are not the inputs of one matrix"),
         ("splora", {"ratio": 0.3, "targets": "mlp"}, "no option 'targets'"),
         ("splora", {"ratio": 0.3, "adapter": str(tmp_path / "adapter")}, "no adapter in PEFT's format"),
         ("splora", {"ratio": 0.3, "training.shard": True}, "leave it off"),

@@ -54,7 +54,11 @@ class Narrower(Kind):
         found = {}
         for place in self._due:
             writer = self.units_of(place).writer
-            assert writer is not None
+            if writer is None:
+                raise UserError(
+                    f"units={place[1]}: they are not the inputs of one matrix, where training could mask them; name "
+                    "kv-group, query-head, channel or expert-channel"
+                )
             found[place] = by_name[writer.name]
         return found
 
