@@ -43,8 +43,13 @@ def test_factors_follow_the_hard_concrete_distribution() -> None:
     gate, _, _ = gate_of("llama", CHANNEL)
     with torch.no_grad():
         gate.log_alpha.copy_(torch.linspace(-4, 4, 48))
-    torch.manual_seed(0)
-    drawn_NU = torch.stack([gate.drawn() for _ in range(5000)]).detach().double()
+    gate.started.fill_(True)
+    random = torch.Generator().manual_seed(0)
+    draws = []
+    for _ in range(5000):
+        gate.redraw(random)
+        draws.append(gate.drawn().detach().double())
+    drawn_NU = torch.stack(draws)
     noise_N = (torch.arange(200000, dtype=torch.float64) + 0.5) / 200000
     for unit in (0, 13, 30, 47):
         alpha = float(gate.log_alpha[unit].detach())
@@ -80,28 +85,56 @@ def test_a_gate_multiplies_what_its_unit_feeds(name: str, kind: str) -> None:
             expected.index_copy_(units.writer.input_axis, torch.tensor(columns),
                                  weight.index_select(units.writer.input_axis, torch.tensor(columns)) * factors[unit])  # fmt: skip
     assert torch.equal(gate(weight), expected)
-    assert not torch.equal(gate.train()(weight), expected)  # noise
-    gate.made.fill_(True)
-    assert torch.equal(gate(weight), expected) and float(gate.price().detach()) == 0
+    assert torch.equal(gate.train()(weight), weight)  # before the start
+    gate.started.fill_(True)
+    gate.redraw(torch.Generator().manual_seed(0))
+    assert not torch.equal(gate(weight), expected)  # noise
+    gate.choose()
+    with torch.no_grad():
+        gate.log_alpha.normal_()  # what moments still do to it
+    assert torch.equal(gate(weight), expected) and float(gate.price().detach()) == 0 and gate.gone() == sorted(gone)
 
 
 def test_the_price_drives_the_open_share_to_what_is_due() -> None:
-    """Nothing but the price: descent on the gates and ascent on the multipliers meet at the target."""
-    gate, units, _ = gate_of("llama", CHANNEL)
-    gate.open.fill_(units.count // 2)
-    shut = torch.optim.AdamW([gate.log_alpha], lr=0.1, weight_decay=0.0)
-    raise_price = torch.optim.AdamW([gate.multipliers], lr=0.1, weight_decay=0.0, maximize=True)
+    """Nothing but the price: descent on the gates and ascent on the multipliers stop where no more are open than are due."""
+    gate, _, _ = gate_of("llama", CHANNEL)
+    gate.score_U.copy_(torch.arange(48) % 7)
+    gate.start()
+    shut = torch.optim.AdamW([gate.log_alpha], lr=0.3, weight_decay=0.0)
+    raise_price = torch.optim.AdamW([gate.multipliers], lr=0.3, weight_decay=0.0, maximize=True)
+    assert float(gate.price().detach()) == 0  # all may be open
+    gate.due.fill_(0.7)
     assert float(gate.open_share().detach()) > 0.95
-    for _ in range(400):
+    for _ in range(200):
         price = gate.price()
-        gap = float(gate.open_share()) - 0.5
+        excess = max(float(gate.open_share().detach()) - 0.7, 0.0)
         one, two = gate.multipliers.tolist()
-        assert float(price) == pytest.approx(one * gap + two * gap**2, abs=1e-6)
+        assert float(price.detach()) == pytest.approx(one * excess + two * excess**2, abs=1e-6)
         price.backward()
         for optimizer in (shut, raise_price):
             optimizer.step()
             optimizer.zero_grad()
-    assert abs(float(gate.open_share()) - 0.5) < 0.05 and float(gate.multipliers[1]) > 0
+    assert 0.6 < float(gate.open_share().detach()) <= 0.7 and min(gate.multipliers.tolist()) > 0
+    gate.open.fill_(34)
+    scores = gate.score_U[gate.gone()]  # the lowest: 14 of those with 0 and 1
+    assert float(scores.max()) == 1 and int((scores == 0).sum()) == 7
+
+
+def test_gates_are_scored_by_their_squared_gradients() -> None:
+    """Against a factor of its own on each unit, one step after the other, each in two parts."""
+    gate, units, model = gate_of("llama", KV_GROUP)
+    weight = model.get_parameter(units.writer.name).detach()
+    expected_U = torch.zeros(units.count)
+    torch.manual_seed(0)
+    for parts in torch.randn(3, 2, *weight.shape):
+        gradient = parts.sum(0)
+        for unit, columns in enumerate(units.columns_UN):
+            expected_U[unit] += (gradient[:, columns] * weight[:, columns]).sum().square()
+        for part in parts:
+            (gate.train()(weight) * part).sum().backward()
+        gate.score()
+    assert torch.allclose(gate.score_U, expected_U, rtol=1e-5)
+    assert gate.log_alpha.grad is not None and float(gate.log_alpha.grad.abs().max()) == 0
 
 
 @pytest.mark.parametrize("how", ["sheared", "compresso"])

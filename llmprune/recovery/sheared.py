@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,9 @@ from llmprune.recovery.kind import Kind
 from llmprune.recovery.masked import Masked
 from llmprune.recovery.narrower import Narrower
 from llmprune.recovery.zeros import Target, attach
+
+# Of the ramp: the share in which all gates are open and are scored.
+WARM_UP = 0.2
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Sheared(Narrower):
     learning_rate: ClassVar[float] = 3e-4
 
     gate_rate: float = 500.0
+    seed: int = 0
 
     def trainer(self) -> Kind:
         """The kind that trains the weights themselves."""
@@ -63,16 +68,26 @@ class Sheared(Narrower):
         return torch.stack([one.price() for one in self._gates.values()]).sum()
 
     def after_step(self, done: int, steps: int) -> bool:
-        progress = min(done / (self.ramp * steps), 1.0)
-        for place, gate in self._gates.items():
+        gates = self._gates
+        first, last = round(WARM_UP * self.ramp * steps), math.ceil(self.ramp * steps)
+        if done > last:
+            return False
+        random = torch.Generator().manual_seed((self.seed * 2**32 + done) % 2**63)
+        for place, gate in gates.items():
+            if done <= first:
+                gate.score()
+            if done == max(first, 1):
+                gate.start()
+            progress = min(max(done - first, 0) / max(last - first, 1), 1.0)
+            gate.due.fill_(1 - progress * self.due(place, 1.0) / gate.count)
             gate.open.fill_(gate.count - self.due(place, progress))
-        chosen = self.settled(done, steps) and not all(gate.made for gate in self._gates.values())
-        for gate in self._gates.values():
-            gate.made.fill_(self.settled(done, steps))
-        return chosen
+            gate.redraw(random)
+            if done == last:
+                gate.choose()
+        return False
 
     def removed(self) -> dict[Place, list[int]]:
-        return {place: gate.eval().gone() for place, gate in self._gates.items()}
+        return {place: gate.gone() for place, gate in self._gates.items()}
 
 
 @dataclass
@@ -90,7 +105,6 @@ class Compresso(Sheared):
     rank: int = 8
     alpha: float = 16.0
     targets: str = "all-linear"
-    seed: int = 0
 
     def trainer(self) -> Kind:
         return Masked(self.rank, self.alpha, self.targets, self.seed)
