@@ -85,16 +85,18 @@ def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) ->
 # LoRAPrune.
 
 
-@pytest.mark.parametrize(("layout", "kind"), [("llama", KV_GROUP), ("gpt2", CHANNEL), ("mixtral", EXPERT_CHANNEL)])
-def test_importance_has_its_closed_form(layout: str, kind: str) -> None:
+@pytest.mark.parametrize(("layout", "kind", "ratio"), [("llama", KV_GROUP, 0.1), ("gpt2", CHANNEL, 0.3),
+                                                       ("mixtral", EXPERT_CHANNEL, 0.3)])  # fmt: skip
+def test_importance_has_its_closed_form(layout: str, kind: str, ratio: float) -> None:
     """In float64, from the gradient of the whole matrix, which LoRAPrune never has.
 
     With W + s B A and G = dL/d(W + s B A), dA = s B'G and dB = s G A'; so dB A + B dA - dB dA = s (G A'A + B B'G) -
     s^2 G A'B'G. In two parts of a batch, each with half of the loss.
     """
     model = tiny.build(layout).double()
+    model.config._experts_implementation = "eager"  # others have no float64
     units = next(one for one in find_units(Roles(model), [kind]) if one.layer == 1)
-    loraprune = make_kind("loraprune", {"ratio": 0.5, "units": kind, "rank": 3}, 0)
+    loraprune = make_kind("loraprune", {"ratio": ratio, "units": kind, "rank": 3}, 0)
     targets = find_targets(model)
     loraprune.prepare(model, targets)
     model.double()
@@ -109,6 +111,7 @@ def test_importance_has_its_closed_form(layout: str, kind: str) -> None:
         (model(input_ids=half, labels=half).loss / 2).backward()
     mask = loraprune.masks[(1, kind)]
     found_U = mask.taken()
+    assert float(mask.taken().abs().max()) == 0  # what was noted is spent
 
     expected_U = torch.zeros(units.count, dtype=torch.float64)
     whole = {name: whole_gradient(model, target, ids) for name, (target, _) in adapted.items()}
@@ -127,7 +130,6 @@ def test_importance_has_its_closed_form(layout: str, kind: str) -> None:
         expected_U += (runs / runs.norm(dim=1, keepdim=True)).flatten()
     # importance is held in float32
     assert torch.allclose(found_U.double(), expected_U, rtol=1e-4, atol=1e-6)
-    assert float(mask.taken().abs().max()) == 0  # what was noted is spent
 
 
 def whole_gradient(model: Any, target: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,13 +140,13 @@ def whole_gradient(model: Any, target: Any, ids: torch.Tensor) -> tuple[torch.Te
     loss = sum(model(input_ids=half, labels=half).loss / 2 for half in ids.chunk(2))
     loss.backward()
     hook.remove()
-    return torch.stack([one.grad for one in noted]).sum(0), noted[0].detach()
+    return torch.stack([one.grad for one in noted if one.grad is not None]).sum(0), noted[0].detach()
 
 
 # LoRAShear.
 
 
-def projected(count: int = 8) -> Projected:
+def projected() -> Projected:
     model = tiny.build("llama")
     units = next(one for one in find_units(Roles(model), [CHANNEL]) if one.layer == 1)
     mask = Projected(units, torch.device("cpu"))

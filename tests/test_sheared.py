@@ -120,21 +120,35 @@ def test_the_price_drives_the_open_share_to_what_is_due() -> None:
     assert float(scores.max()) == 1 and int((scores == 0).sum()) == 7
 
 
-def test_gates_are_scored_by_their_squared_gradients() -> None:
-    """Against a factor of its own on each unit, one step after the other, each in two parts."""
-    gate, units, model = gate_of("llama", KV_GROUP)
+@pytest.mark.parametrize(("name", "kind"), [("llama", KV_GROUP), ("gpt2", CHANNEL)])
+def test_gates_are_scored_by_their_squared_gradients(name: str, kind: str) -> None:
+    """Of each sequence, against autograd of a factor on each unit in float64; two steps, the first in two parts."""
+    gate, units, model = gate_of(name, kind)
     weight = model.get_parameter(units.writer.name).detach()
-    expected_U = torch.zeros(units.count)
-    torch.manual_seed(0)
-    for parts in torch.randn(3, 2, *weight.shape):
-        gradient = parts.sum(0)
-        for unit, columns in enumerate(units.columns_UN):
-            expected_U[unit] += (gradient[:, columns] * weight[:, columns]).sum().square()
-        for part in parts:
-            (gate.train()(weight) * part).sum().backward()
+    gate.train()
+
+    def losses(x_NTI: torch.Tensor, weight: torch.Tensor, seed: int) -> torch.Tensor:
+        y_NTO = x_NTI @ (weight.T if units.writer.input_axis == 1 else weight)
+        noise_TO = torch.randn(y_NTO.shape[1:], generator=torch.Generator().manual_seed(seed))
+        return (y_NTO * noise_TO).sum((1, 2))
+
+    expected_U = torch.zeros(units.count, dtype=torch.float64)
+    random = torch.Generator().manual_seed(0)
+    for step, parts in ((0, 2), (1, 1)):
+        x_NTI = torch.randn(4, 5, units.columns_UN.numel(), generator=random)
+        for part in x_NTI.chunk(parts):
+            losses(gate.watch(gate, (part,))[0], gate(weight), step).sum().backward()
         gate.score()
-    assert torch.allclose(gate.score_U, expected_U, rtol=1e-5)
-    assert gate.log_alpha.grad is not None and float(gate.log_alpha.grad.abs().max()) == 0
+        for one in x_NTI.double():
+            factor_U = torch.ones(units.count, dtype=torch.float64, requires_grad=True)
+            losses(one[None], gate.times(weight.double(), factor_U), step).sum().backward()
+            expected_U += factor_U.grad.square()
+    # sums of float32 products
+    assert torch.allclose(gate.score_U.double(), expected_U, rtol=1e-4)
+    assert float(gate.log_alpha.grad.abs().max()) == 0
+    gate.start()
+    order = gate.log_alpha.detach().argsort()
+    assert torch.equal(order, gate.score_U.argsort()) and float(gate.settled().min()) > 0.999
 
 
 @pytest.mark.parametrize("how", ["sheared", "compresso"])

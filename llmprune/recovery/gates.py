@@ -19,17 +19,19 @@ TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 START = math.log((1 - LOW) / (HIGH - 1))
 # From the gate that starts lowest to the one that starts highest.
 SPREAD = 40.0
+# Of open gates when the choice is made: behind a factor of zero no weight would learn.
+FLOOR = 0.1
 
 
 class Gate(OnColumns):
     """A factor for the input columns of a writing matrix that each of U units owns: 1 leaves a unit, 0 takes it out.
 
-    At first factors are 1, and `score_U` sums what the squared gradients of the loss with respect to them are at each step
-    (Group Fisher; of the gates of a trained model, whose mean gradient is zero, what tells them apart). `start` gives each gate
-    its place by that. From then on a factor is a hard concrete variable in training: s = sigmoid((noise + log_alpha) /
-    TEMPERATURE), with logistic noise, stretched to (LOW, HIGH) and cut to [0, 1]. Where nothing is trained it is
-    sigmoid(log_alpha), stretched and cut, and 0 for all but the `open` units with the highest log_alpha, as many in
-    each stratum; `choose` makes that final. `due`: the share that may be open by now. `multipliers`: the two of the price.
+    At first factors are 1, and `score_U` sums the squares of their gradients, of each sequence (of experts: of each step), as
+    Group Fisher does; `start` gives each gate its place by that. From then on a factor is a hard concrete variable in
+    training: s = sigmoid((noise + log_alpha) / TEMPERATURE), with logistic noise, stretched to (LOW, HIGH) and cut to [0, 1].
+    Where nothing is trained it is sigmoid(log_alpha), stretched and cut, and 0 for all but the `open` units with the
+    highest log_alpha, as many in each stratum; `choose` makes that final. `due`: the share that may be open by now.
+    `multipliers`: the two of the price.
     """
 
     open: torch.Tensor
@@ -54,16 +56,24 @@ class Gate(OnColumns):
             self.register_buffer(name, value.to(device))
         self.log_alpha = nn.Parameter(torch.full((units.count,), START, device=device))
         self.multipliers = nn.Parameter(torch.zeros(2, device=device))
+        self._stacked = units.stacked
+        self._squares_U = torch.zeros(units.count, device=device)
         self._slope_U = torch.zeros(units.count, device=device)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return self.times(weight, self.drawn() if self.training and not self.made else self.settled().detach())
 
+    def watch(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Before a forward of the matrix, until the start: note what each sequence says of the gates."""
+        if self.started or not self.training:
+            return args
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        return watched(x, self._note), *args[1:]
+
     def drawn(self) -> torch.Tensor:
         """Factors with the noise of this step, U."""
-        if not self.started:
-            # a gate gets no gradient of its own, but is not left out: processes add gradients up
-            return watched(1 + 0 * self.log_alpha, self._note)
+        if self._stacked and not self.started:
+            return watched(1 + 0 * self.log_alpha, self._note_slope)
         return _stretched((self.noise_U + self.log_alpha) / TEMPERATURE)
 
     def settled(self) -> torch.Tensor:
@@ -94,9 +104,9 @@ class Gate(OnColumns):
 
     @torch.no_grad()
     def score(self) -> None:
-        """Take the gradients since the last call, over all processes, into the scores."""
-        self.score_U += reduce(self._slope_U, "mean").square()
-        self._slope_U = torch.zeros_like(self._slope_U)
+        """Take what was noted since the last call, in all processes, into the scores."""
+        self.score_U += reduce(self._squares_U, "sum") + reduce(self._slope_U, "mean").square()
+        self._squares_U, self._slope_U = (torch.zeros_like(self.score_U) for _ in range(2))
 
     @torch.no_grad()
     def start(self) -> None:
@@ -107,15 +117,22 @@ class Gate(OnColumns):
 
     @torch.no_grad()
     def choose(self) -> None:
-        """From now on the units that are shut stay so, and the factors of the others are as they are."""
-        self.factor_U.copy_(self.settled())
+        """From now on the units that are shut stay so, and the factors of the others are as they are, or `FLOOR`."""
+        gone = self.gone()
+        self.factor_U.copy_(self.settled().clamp_min(FLOOR))
+        self.factor_U[gone] = 0
         self.made.fill_(True)
 
     def redraw(self, random: torch.Generator) -> None:
         """Draw the noise of the next step, the same in all processes and for all parts of its batch."""
         self.noise_U.copy_(torch.rand(self.count, generator=random).clamp(1e-6, 1 - 1e-6).logit())
 
-    def _note(self, factor_U: torch.Tensor, gradient_U: torch.Tensor) -> None:
+    def _note(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        slope_NTI = x.detach().float() * gradient.float()
+        for slope_TI in slope_NTI if slope_NTI.dim() == 3 else [slope_NTI]:
+            self._squares_U += self.per_unit(slope_TI.sum(0)).square()
+
+    def _note_slope(self, factor_U: torch.Tensor, gradient_U: torch.Tensor) -> None:
         self._slope_U += gradient_U
 
 

@@ -20,6 +20,7 @@ from llmprune.recovery.zeros import Target, attach
 
 # Of the ramp: the share in which all gates are open and are scored.
 WARM_UP = 0.2
+CLEAR = True
 
 
 @dataclass
@@ -30,13 +31,13 @@ class Sheared(Narrower):
     to the same number of open ones, which falls evenly over the share `ramp` of the steps; in the rest only the weights
     move, those of the shape that was chosen. The numbers are those that a width method takes out for `ratio`, a share of
     the layers' parameters (`units`: see `Narrower`). The hidden state and the depth stay as they
-    are (the paper gates them too). `gate_rate`: of gates and multipliers, as a multiple of the weights' rate. At the end
+    are (the paper gates them too). `gate_rate`: the peak rate of gates and multipliers. At the end
     the open gates go into the weights, and the others are cut out.
     """
 
     learning_rate: ClassVar[float] = 3e-4
 
-    gate_rate: float = 500.0
+    gate_rate: float = 0.3
     seed: int = 0
 
     def trainer(self) -> Kind:
@@ -49,6 +50,11 @@ class Sheared(Narrower):
         self._gates = {place: Gate(self.units_of(place), target.kept.device) for place, target in places.items()}
         gates = {target.name: self._gates[place] for place, target in places.items()}
         attach(list(places.values()), lambda target: gates[target.name])
+        self._hooks = [
+            target.owner.register_forward_pre_hook(gates[target.name].watch)
+            for place, target in places.items()
+            if not self.units_of(place).stacked
+        ]
         return trained
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -57,7 +63,7 @@ class Sheared(Narrower):
         )
         known = {id(one) for one in (*gates, *multipliers)}
         weights = [one for one in model.parameters() if one.requires_grad and id(one) not in known]
-        free = {"scale": self.gate_rate, "weight_decay": 0.0}
+        free = {"rate": self.gate_rate, "weight_decay": 0.0}
         return [
             {"params": weights, "scale": 1.0},
             {"params": gates, **free},
@@ -68,26 +74,31 @@ class Sheared(Narrower):
         return torch.stack([one.price() for one in self._gates.values()]).sum()
 
     def after_step(self, done: int, steps: int) -> bool:
-        gates = self._gates
-        first, last = round(WARM_UP * self.ramp * steps), math.ceil(self.ramp * steps)
+        last = math.ceil(self.ramp * steps)
+        first = max(round(WARM_UP * last), 1)
         if done > last:
             return False
+        progress = 1.0 if done == last else max(done - first, 0) / (last - first)
         random = torch.Generator().manual_seed((self.seed * 2**32 + done) % 2**63)
-        for place, gate in gates.items():
+        for place, gate in self._gates.items():
             if done <= first:
                 gate.score()
-            if done == max(first, 1):
+            if done == first:
                 gate.start()
-            progress = min(max(done - first, 0) / max(last - first, 1), 1.0)
             gate.due.fill_(1 - progress * self.due(place, 1.0) / gate.count)
             gate.open.fill_(gate.count - self.due(place, progress))
             gate.redraw(random)
             if done == last:
                 gate.choose()
-        return False
+        return CLEAR and done == last
 
     def removed(self) -> dict[Place, list[int]]:
         return {place: gate.gone() for place, gate in self._gates.items()}
+
+    def merge(self, targets: list[Target]) -> None:
+        for one in self._hooks:
+            one.remove()
+        super().merge(targets)
 
 
 @dataclass
@@ -101,7 +112,6 @@ class Compresso(Sheared):
     learning_rate: ClassVar[float] = 1e-3
     trains_base: ClassVar[bool] = False
 
-    gate_rate: float = 150.0
     rank: int = 8
     alpha: float = 16.0
     targets: str = "all-linear"

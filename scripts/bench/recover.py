@@ -30,13 +30,13 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "width 25 %": {"method": "group-obs", "ratio": 0.25},
 }
 # Kinds that make the dense model narrower themselves, as much as the amount says.
-LEARNED = ("sheared", "compresso")
+LEARNED = ("sheared", "compresso", "loraprune", "lorashear")
 # What Wanda's masks are set beside: the solver that moves the weights it keeps.
 REFERENCES = {"wanda 50 %": "sparsegpt", "wanda 2:4": "sparsegpt", "wanda 70 %": "sparsegpt"}
 SPARSE = ("blockwise", "distill", "finetune", "masked", "spp", "merge-then-mask")
 # The peak rates: ten times what suits large models, since these have 3 M weights; none was searched for.
 RATES = {"finetune": 1e-3, "distill": 1e-3, "masked": 3e-3, "merge-then-mask": 3e-3, "lora": 3e-3, "spp": 1e-2,
-         "sheared": 1e-3, "compresso": 3e-3}  # fmt: skip
+         "sheared": 1e-3, "compresso": 3e-3, "loraprune": 3e-3, "lorashear": 3e-3}  # fmt: skip
 KINDS = {**dict.fromkeys(("wanda 50 %", "wanda 2:4", "wanda 70 %"), SPARSE),
          **dict.fromkeys(("depth 1 of 6", "depth 2 of 6"), ("lora", "distill", "finetune")),
          "width 25 %": ("lora", "distill", "finetune", *LEARNED)}  # fmt: skip
@@ -95,7 +95,7 @@ def recovered(pruned: Path, out: Path, text: str, kind: str, steps: int, amount:
         "steps": steps, "batch_size": 8, "learning_rate": RATES[kind], "training.evaluate_every": max(1, steps // 4)
     }  # fmt: skip
     if kind in LEARNED:
-        settings |= {"ratio": amount["ratio"], "gate_rate": 0.15 / RATES[kind]}
+        settings["ratio"] = amount["ratio"]
     wall, cpu = time.perf_counter(), time.process_time()
     result = llmprune.recover(
         pruned,
@@ -130,7 +130,7 @@ def save(results: dict[str, Any]) -> None:
         "\nPerplexity on at most 120 windows of 256 tokens of the evaluation text, float32. Pruned with 64 x 256 tokens of the "
         "model's calibration text, seed 0; recovered on the same text, 256 tokens a sequence, 8 sequences a step, its last "
         "15 % held out for the choice of the best weights. Won back: share of the gap between the pruned and the dense "
-        "model; sheared and compresso start from the dense model and are set beside the same gap. BLiMP: of the pruned model, then "
+        f"model; {', '.join(LEARNED)} start from the dense model and are set beside the same gap. BLiMP: of the pruned model, then "
         "of the recovered one; 300 pairs, so 3 % either way is chance. CPU min are minutes of processor time, which other work on the machine does not lengthen; min is what a "
         "clock on the wall said, on a machine shared with other work. Rates and steps of each run: recover.json.\n"
     )
