@@ -21,6 +21,7 @@ from llmprune.recovery.zeros import Target, attach
 # Of the ramp: the share in which all gates are open and are scored.
 WARM_UP = 0.2
 CLEAR = True
+EPS = 1e-15
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Sheared(Narrower):
         )
         known = {id(one) for one in (*gates, *multipliers)}
         weights = [one for one in model.parameters() if one.requires_grad and id(one) not in known]
-        free = {"rate": self.gate_rate, "weight_decay": 0.0}
+        free = {"rate": self.gate_rate, "weight_decay": 0.0, "eps": EPS}
         return [
             {"params": weights, "scale": 1.0},
             {"params": gates, **free},
