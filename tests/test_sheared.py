@@ -151,7 +151,7 @@ def test_gates_are_scored_by_their_squared_gradients(name: str, kind: str) -> No
     assert torch.equal(order, gate.score_U.argsort()) and float(gate.settled().min()) > 0.999
 
 
-@pytest.mark.parametrize("how", ["sheared", "compresso"])
+@pytest.mark.parametrize("how", ["sheared", "compresso", "splora", "apt"])
 def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) -> None:
     result = llmprune.recover(DEMO, how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
     entry, report = result.report["recovery"][-1], result.report
@@ -172,13 +172,14 @@ def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) ->
     assert product(tmp_path / "again")["model.safetensors"] == product(tmp_path / "out")["model.safetensors"]
 
 
-def test_experts_lose_channels_too(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["sheared", "splora"])
+def test_experts_lose_channels_too(how: str, text: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     config = tiny.TINY["mixtral"].__class__(**{**tiny.TINY["mixtral"].to_dict(), "vocab_size": 512})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(tmp_path / "dense")
-    llmprune.recover(tmp_path / "dense", how="sheared", ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
+    llmprune.recover(tmp_path / "dense", how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert small.config.intermediate_size < config.intermediate_size
 
