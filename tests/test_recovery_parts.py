@@ -230,7 +230,8 @@ def test_hidden_states_of_a_shorter_model(text: Path, tmp_path: Path) -> None:
 # Several processes.
 
 
-@pytest.mark.parametrize(("how", "shard"), [("masked", False), ("masked", True), ("splora", False), ("apt", False)])
+@pytest.mark.parametrize(("how", "shard"), [("masked", False), ("masked", True)] + [
+    (how, False) for how in ("sheared", "compresso", "loraprune", "lorashear", "splora", "apt")])  # fmt: skip
 def test_two_processes_make_the_losses_of_one(how: str, shard: bool, pruned: Path, text: Path, tmp_path: Path) -> None:
     narrower = () if how == "masked" else ("--set", "ratio=0.3")
     settings = ("--how", how, *narrower, "--data", f"file:{text}", "--seqlen", 32, "--steps", 3, "--batch-size", 4,

@@ -151,7 +151,7 @@ def test_gates_are_scored_by_their_squared_gradients(name: str, kind: str) -> No
     assert torch.equal(order, gate.score_U.argsort()) and float(gate.settled().min()) > 0.999
 
 
-@pytest.mark.parametrize("how", ["sheared", "compresso", "splora", "apt"])
+@pytest.mark.parametrize("how", ["sheared", "compresso", "loraprune", "lorashear", "splora", "apt"])
 def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) -> None:
     result = llmprune.recover(DEMO, how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
     entry, report = result.report["recovery"][-1], result.report
@@ -172,7 +172,7 @@ def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) ->
     assert product(tmp_path / "again")["model.safetensors"] == product(tmp_path / "out")["model.safetensors"]
 
 
-@pytest.mark.parametrize("how", ["sheared", "splora"])
+@pytest.mark.parametrize("how", ["sheared", "loraprune", "lorashear", "splora"])
 def test_experts_lose_channels_too(how: str, text: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
