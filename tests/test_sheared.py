@@ -107,9 +107,9 @@ def test_the_price_drives_the_open_share_to_what_is_due() -> None:
     assert float(gate.open_share().detach()) > 0.95
     for _ in range(200):
         price = gate.price()
-        excess = max(float(gate.open_share().detach()) - 0.7, 0.0)
+        excess = 48 * max(float(gate.open_share().detach()) - 0.7, 0.0)
         one, two = gate.multipliers.tolist()
-        assert float(price.detach()) == pytest.approx(one * excess + two * excess**2, abs=1e-6)
+        assert float(price.detach()) == pytest.approx(one * excess + two * excess**2, rel=1e-4, abs=1e-4)
         price.backward()
         for optimizer in (shut, raise_price):
             optimizer.step()

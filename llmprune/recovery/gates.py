@@ -94,12 +94,12 @@ class Gate(OnColumns):
         return (self.log_alpha - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid().mean()
 
     def price(self) -> torch.Tensor:
-        """m1 g + m2 g^2, g being the share of open gates beyond what is due; the multipliers m rise with it.
+        """m1 g + m2 g^2, g being the number of open gates beyond what is due; the multipliers m rise with it.
 
         Nothing where no more are open than are due, and before the start and after the choice; the gradient is then zero,
         which processes can still add up.
         """
-        excess = (self.open_share() - self.due).clamp(min=0) * (self.started & ~self.made)
+        excess = self.count * (self.open_share() - self.due).clamp(min=0) * (self.started & ~self.made)
         return self.multipliers[0] * excess + self.multipliers[1] * excess.square()
 
     @torch.no_grad()

@@ -120,9 +120,9 @@ class Trainer:
                 whole = loss * count / max(tokens, 1) + (self.kind.penalty() if last else 0.0)
                 self.accelerator.backward(whole)
             total += loss.detach()
-        # of a sharded model the norm is over all shards
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
-        if not bool(torch.isfinite(norm)):
+        # of a sharded model the norm is over all shards; the price of gates must not make the weights' steps small
+        norms = [nn.utils.clip_grad_norm_(group["params"], self.settings.clip) for group in optimizer.param_groups]
+        if not all(bool(torch.isfinite(one)) for one in norms):
             raise RunError(
                 f"the gradient of step {self.state.done + 1} is no finite number; "
                 "set a smaller training.learning_rate, or training.precision=float32"
