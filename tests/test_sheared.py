@@ -70,13 +70,14 @@ def test_factors_follow_the_hard_concrete_distribution() -> None:
                                             ("mixtral", EXPERT_CHANNEL)])  # fmt: skip
 def test_a_gate_multiplies_what_its_unit_feeds(name: str, kind: str) -> None:
     gate, units, model = gate_of(name, kind)
+    weight = model.get_parameter(units.writer.name).detach()
+    assert torch.equal(gate.train()(weight), weight)  # before the start
     with torch.no_grad():
         gate.log_alpha.copy_(torch.linspace(-1.5, 2.5, units.count)[torch.randperm(units.count)])
     gate.eval().open.fill_(units.count - units.strata)
     factors, gone = gate.settled().detach(), gate.gone()
     assert len(gone) == units.strata and float(factors[gone].abs().max()) == 0
     assert sorted(one // units.size for one in gone) == list(range(units.strata))  # one of each stratum
-    weight = model.get_parameter(units.writer.name).detach()
     expected = weight.clone()
     for unit, columns in enumerate(units.columns_UN.tolist()):
         if units.stacked:
@@ -85,8 +86,7 @@ def test_a_gate_multiplies_what_its_unit_feeds(name: str, kind: str) -> None:
             expected.index_copy_(units.writer.input_axis, torch.tensor(columns),
                                  weight.index_select(units.writer.input_axis, torch.tensor(columns)) * factors[unit])  # fmt: skip
     assert torch.equal(gate(weight), expected)
-    assert torch.equal(gate.train()(weight), weight)  # before the start
-    gate.started.fill_(True)
+    gate.train().started.fill_(True)
     gate.redraw(torch.Generator().manual_seed(0))
     assert not torch.equal(gate(weight), expected)  # noise
     gate.choose()

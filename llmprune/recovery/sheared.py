@@ -19,7 +19,7 @@ from llmprune.recovery.narrower import Narrower
 from llmprune.recovery.zeros import Target, attach
 
 # Of the ramp: the share in which all gates are open and are scored.
-WARM_UP = 0.2
+WARM_UP = 0.5
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Sheared(Narrower):
     go into the weights, and the others are cut out.
 
     Otherwise than in the paper the hidden state and the depth stay as they are; a layer pays for the gates that are open
-    beyond what is due, and nothing below that; and gates do not start alike: in the first fifth of the ramp all are open
+    beyond what is due, and nothing below that; and gates do not start alike: in the first half of the ramp all are open
     and scored, and the lower the score, the nearer a gate then is to shutting. In a few hundred steps the loss alone
     tells gates too little apart: its gradient with respect to a gate of a trained model is zero but for noise.
     """
