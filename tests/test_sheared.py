@@ -153,7 +153,8 @@ def test_gates_are_scored_by_their_squared_gradients(name: str, kind: str) -> No
 
 @pytest.mark.parametrize("how", ["sheared", "compresso", "loraprune", "lorashear", "splora", "apt"])
 def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) -> None:
-    result = llmprune.recover(DEMO, how=how, ratio=0.3, data=text, out=tmp_path / "out", **QUICK)
+    settings = {"how": how, "ratio": 0.3, "ramp": 0.5, "data": text, **QUICK}
+    result = llmprune.recover(DEMO, out=tmp_path / "out", **settings)
     entry, report = result.report["recovery"][-1], result.report
     dense, small = (AutoModelForCausalLM.from_pretrained(one) for one in (DEMO, tmp_path / "out"))
     layers = sum(one.numel() for one in dense.model.layers.parameters())
@@ -167,7 +168,7 @@ def test_a_smaller_plain_model_comes_out(how: str, text: str, tmp_path: Path) ->
     assert entry["best_step"] >= 3  # only then is the shape that of the end
     # cutting out what is shut changes nothing: float32 sums with and without zeros
     assert entry["held_out"]["stored"] == pytest.approx(entry["held_out"]["trained"], rel=1e-4)
-    again = llmprune.recover(DEMO, how=how, ratio=0.3, data=text, out=tmp_path / "again", **QUICK)
+    again = llmprune.recover(DEMO, out=tmp_path / "again", **settings)
     assert again.report["recovery"][-1]["best_step"] == entry["best_step"]
     assert product(tmp_path / "again")["model.safetensors"] == product(tmp_path / "out")["model.safetensors"]
 

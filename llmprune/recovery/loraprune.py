@@ -86,6 +86,8 @@ class LoraPrune(Progressive):
 
     memory: ClassVar[float] = 0.9
 
+    ramp: float = 0.2
+
     def adapter(self, target: Target, random: torch.Generator) -> MaskedLowRank:
         return Guided(target.kept, self.rank, self.alpha / self.rank, random)
 
