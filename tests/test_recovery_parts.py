@@ -241,9 +241,10 @@ def test_hidden_states_of_a_shorter_model(text: Path, tmp_path: Path) -> None:
 # Several processes.
 
 
-@pytest.mark.parametrize(("how", "shard"), [("masked", False), ("masked", True), ("splora", False), ("apt", False)])
+@pytest.mark.parametrize(("how", "shard"), [("masked", False), ("masked", True)] + [
+    (how, False) for how in ("sheared", "compresso", "loraprune", "lorashear", "splora", "apt")])  # fmt: skip
 def test_two_processes_make_the_losses_of_one(how: str, shard: bool, pruned: Path, text: Path, tmp_path: Path) -> None:
-    narrower = () if how == "masked" else ("--set", "ratio=0.3")
+    narrower = () if how == "masked" else ("--set", "ratio=0.3", "--set", "ramp=1.0")
     settings = ("--how", how, *narrower, "--data", f"file:{text}", "--seqlen", 32, "--steps", 3, "--batch-size", 4,
                 "--device", "cpu", "--set", "training.evaluate_every=1", "--set", "training.micro_batch=1",
                 "--set", f"training.shard={str(shard).lower()}")  # fmt: skip

@@ -20,6 +20,8 @@ KINDS = {
     "sheared": "llmprune.recovery.sheared:Sheared",
     "compresso": "llmprune.recovery.sheared:Compresso",
     "splora": "llmprune.recovery.splora:Splora",
+    "loraprune": "llmprune.recovery.loraprune:LoraPrune",
+    "lorashear": "llmprune.recovery.lorashear:LoraShear",
     "apt": "llmprune.recovery.apt:Apt",
 }
 

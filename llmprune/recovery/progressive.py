@@ -20,7 +20,7 @@ from llmprune.recovery.zeros import Target, attach, chosen
 
 # Of the ramp: the share in which units are chosen; in the rest the factors of the last ones fall to zero.
 CHOOSING = 0.8
-# Of a moving average of scores: what it keeps at a step.
+# What a moving average of scores keeps at a step, unless its paper says otherwise.
 MEMORY = 0.85
 
 Note = Callable[[torch.Tensor, torch.Tensor], None]
@@ -90,11 +90,12 @@ class Progressive(Narrower):
     The number of units that are gone rises by the cubic law of Zhu & Gupta 2017 (arXiv:1710.01878) over the first part
     of the `ramp`; which ones they are is chosen anew at every step. What is masked gets no gradient, so rows and columns
     of the adapters go with those of the base. `rank`, `alpha`: of the adapters, which all matrices of the layers have, so
-    that a gradient tells about every unit; merged at the end.
+    that a gradient tells about every unit; merged at the end. `memory`: what a moving average of scores keeps at a step.
     """
 
     learning_rate: ClassVar[float] = 1e-3
     trains_base: ClassVar[bool] = False
+    memory: ClassVar[float] = MEMORY
 
     rank: int = 8
     alpha: float = 16.0
@@ -125,7 +126,7 @@ class Progressive(Narrower):
             return False
         choosing = CHOOSING * self.ramp * steps
         for place, mask in self.masks.items():
-            mask.score.lerp_(mask.taken(), 1 - MEMORY)
+            mask.score.lerp_(mask.taken(), 1 - self.memory)
             if done - 1 < choosing:
                 mask.choose(self.due(place, rising(0.0, 1.0, done / choosing)))
             last = self.settled(done, steps)
