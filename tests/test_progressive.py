@@ -186,7 +186,7 @@ def test_adapters_that_matter_grow() -> None:
         model.zero_grad()
         backward(model)
         assert all(float(one.b.grad[..., int(one.active) :].abs().sum()) == 0 for one in adapters)
-        slopes = [float((one.b * one.b.grad).flatten(0, -2).sum(0).abs().sum()) for one in adapters]
+        slopes = [float((one.b.detach() * one.b.grad).flatten(0, -2).sum(0).abs().sum()) for one in adapters]
         ranks = [int(one.active) for one in adapters]
         kind._tune(done, 10)
         # a moving average of the same numbers
@@ -204,9 +204,11 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     quick = {"out": tmp_path / "out", "seqlen": 32, "steps": 2, "batch_size": 4}
     for how, settings, says in (
         ("apt", {}, "ratio=0.25"),
+        ("apt", {"ratio": 2}, "ratio=2 must lie between"),
         ("splora", {"ratio": 0.3, "ramp": 1.5}, "ramp=1.5"),
         ("apt", {"ratio": 0.3, "growth": 0.5}, "growth=0.5"),
         ("apt", {"ratio": 0.3, "units": "layer"}, "unknown unit"),
+        ("splora", {"ratio": 0.3, "units": "residual"}, "units=residual: they are not the inputs of one matrix"),
         ("splora", {"ratio": 0.3, "targets": "mlp"}, "no option 'targets'"),
         ("splora", {"ratio": 0.3, "adapter": str(tmp_path / "adapter")}, "no adapter in PEFT's format"),
         ("splora", {"ratio": 0.3, "training.shard": True}, "leave it off"),

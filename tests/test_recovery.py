@@ -265,6 +265,7 @@ def test_a_model_of_others_can_be_recovered(pruned: dict[str, Path], tmp_path: P
     [
         ({"how": "looora"}, "did you mean 'lora'"),
         ({"how": "masked", "rankk": 3}, "no option 'rankk'.*did you mean 'rank'"),
+        ({"how": "masked", "rank": 0}, "rank=0 of kind 'masked' must be at least 1"),
         ({"how": "masked", "targets": "heads"}, "all-linear, attention, mlp"),
         ({"how": "masked", "data": "file:none.txt"}, "no text file"),
         ({"how": "masked", "seqlen": 100_000, "data.held_out": 1.5}, "held_out"),

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate.state import AcceleratorState
 from runner import Forked, product
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmprune
 from llmprune import UserError
@@ -193,6 +194,16 @@ def test_blockwise_by_other_ways(options: dict[str, Any], pruned: Path, text: Pa
         llmprune.recover(pruned, out=tmp_path / "no", epochs=2, **settings)
     with pytest.raises(UserError, match="parts='both'"):
         llmprune.recover(pruned, out=tmp_path / "no", parts="both", **settings)
+
+
+def test_the_closed_form_needs_two_halves(text: Path, tmp_path: Path) -> None:
+    config = tiny.TINY["mamba"].__class__(**{**tiny.TINY["mamba"].to_dict(), "vocab_size": 512})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(tmp_path / "dense")
+    llmprune.prune(tmp_path / "dense", method="magnitude", sparsity=0.5, out=tmp_path / "pruned")
+    with pytest.raises(UserError, match=r"passes=0: the mlp of a MambaBlock is not found.*set passes to 1"):
+        llmprune.recover(tmp_path / "pruned", data=f"file:{text}", seqlen=32, passes=0, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_masks_chosen_in_training_need_whole_matrices(pruned: Path, text: Path, tmp_path: Path) -> None:

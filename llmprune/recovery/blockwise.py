@@ -85,8 +85,7 @@ class Blockwise:
         self.model = build_skeleton(self.config, self.dtype, trust_remote_code=trust)
         self.units = find_units(self.model, head=False)
         if self.options.passes == 0:
-            for unit in self.units:
-                halves(unit.module)  # what writes must be known
+            self._check_writers()
         self._check_parent()
         tokenizer = load_tokenizer(self.folder, trust)
         corpus = read_corpus(recipe.data, tokenizer, min(recipe.data.seqlen, longest(self.config)))
@@ -133,6 +132,14 @@ class Blockwise:
         for key in self.checkpoint.entries:
             if key not in inside and not torch.equal(self.checkpoint.tensor(key), self.parent.tensor(key)):
                 raise UserError(f"{key} of {self.folder}, outside the layers, is not that of {where}; {other}")
+
+    def _check_writers(self) -> None:
+        """Whether it is known through which matrices every layer writes; raises UserError."""
+        try:
+            for unit in self.units:
+                halves(unit.module)
+        except UserError as error:
+            raise UserError(f"passes=0: {error}; set passes to 1 or more") from error
 
     def _weights(self, output: Output | None) -> Streamed:
         return Streamed(self.model, self.checkpoint, output, self.units, self.dtype, self.device, parent=self.parent)

@@ -35,8 +35,12 @@ class Narrower(Kind):
     ramp: float = 0.5
 
     def check(self, targets: list[Target]) -> None:
-        if not 0 < self.ratio < 1:
+        if not self.ratio:
             raise UserError("say how much of the layers' parameters goes: --set ratio=0.25")
+        if not 0 < self.ratio < 1:
+            raise UserError(
+                f"ratio={self.ratio} must lie between 0 and 1: the share of the layers' parameters that goes"
+            )
         if not 0 < self.ramp <= 1:
             raise UserError(f"ramp={self.ramp} must lie in (0, 1]: the share of the steps in which units go")
 
@@ -50,7 +54,11 @@ class Narrower(Kind):
         found = {}
         for place in self._due:
             writer = self.units_of(place).writer
-            assert writer is not None
+            if writer is None:
+                raise UserError(
+                    f"units={place[1]}: they are not the inputs of one matrix, where training could mask them; name "
+                    "kv-group, query-head, channel or expert-channel"
+                )
             found[place] = by_name[writer.name]
         return found
 

@@ -107,7 +107,7 @@ def main() -> None:
     record.save(arguments.name, save, record.table(["model", "method", *AMOUNTS], rows) + note)
 
 
-def one(model: Path, text: Text, amount: dict[str, Any], **settings: Any) -> dict[str, Any]:
+def one(model: Path, text: Text, amount: dict[str, Any], samples: int = 64, **settings: Any) -> dict[str, Any]:
     """Prune and measure; `settings` are recipe keys."""
     ignore = misfit(model, amount)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +115,7 @@ def one(model: Path, text: Text, amount: dict[str, Any], **settings: Any) -> dic
             model,
             out=Path(folder) / "out",
             calibration=text.calibration,
-            samples=64,
+            samples=samples,
             seqlen=256,
             ignore=ignore,
             **amount,

@@ -37,7 +37,7 @@ def _gpu() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
-def save(name: str, record: dict[str, Any], markdown: str) -> None:
+def save(name: str, record: dict[str, Any], markdown: str, echo: bool = True) -> None:
     """Write `benchmarks/NAME.json` and `benchmarks/NAME.md`."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -45,7 +45,8 @@ def save(name: str, record: dict[str, Any], markdown: str) -> None:
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
     head = f"{where['date']}; {where['hardware']}; {versions}. Made by `{where['command']}`.\n\n"
     (FOLDER / f"{name}.md").write_text(head + markdown)
-    print(markdown)
+    if echo:
+        print(markdown)
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
