@@ -27,7 +27,7 @@ def estimated_gradient(
 ) -> torch.Tensor:
     """What the loss's slopes along the factors of B A say of its slope along the sum W + B A, O x I.
 
-    Zhang et al. 2023, arXiv:2305.18403, equation 9: how B A changes in one step of gradient descent of rate 1,
+    Zhang et al. 2023, arXiv:2305.18403, the LoRA-guided criterion: how B A changes in one step of gradient descent of rate 1,
     B A - (B - dB) (A - dA) = dB A + B dA - dB dA.
     """
     return slope_b_OR @ a_RI + b_OR @ slope_a_RI - slope_b_OR @ slope_a_RI
