@@ -79,7 +79,6 @@ class LoraShear(Progressive):
     layers; and the training goes on with the same text, not with one that is chosen anew by what was lost.
     """
 
-    ramp: float = 0.2
     protect: float = 0.1
 
     def check(self, targets: list[Target]) -> None:
