@@ -456,6 +456,6 @@ def test_gram_matrices_of_a_layers_experts_grow_in_one_launch(monkeypatch: pytes
     model = tiny.build("qwen3-moe")
     text = list(tiny.tokens(4, 24))
     llmprune.prune(model, method="sparsegpt", sparsity=0.5, calibration=text, batch_size=2)
-    # two batches through each layer; its inputs have the width of the hidden state, of the heads or of what is inside an MLP
-    assert len(launches) <= 2 * 3 * model.config.num_hidden_layers
-    assert max(launches) >= 2 + tiny.EXPERTS
+    # two batches through two layers with experts: what enters the attention, its last matrix and every expert has one
+    # width, what is inside the experts another
+    assert launches.count(2 + tiny.EXPERTS) >= 4 and launches.count(tiny.EXPERTS) >= 4

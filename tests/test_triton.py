@@ -258,6 +258,20 @@ def test_sparsegpt_through_the_kernel(small_blocks: None, monkeypatch: pytest.Mo
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
 
 
+def test_results_repeat_to_the_bit(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sum has one order: nothing depends on which program is first. Only a GPU can show otherwise."""
+    x, weight = torch.randn(16, 192).half(), two_of_four(48, 192, torch.float16)
+    packed, masked = sparse24.pack24(weight), bitmask.pack_bitmask(weight)
+    monkeypatch.setenv("LLMPRUNE_KERNELS", "triton")
+    for call in (
+        lambda: gram.gram_update_(torch.zeros(192, 192), x),
+        lambda: torch.stack(dispatch.run("column_moments", x)),
+        lambda: sparse24.matmul24(x, *packed),
+        lambda: bitmask.matmul_bitmask(x, masked),
+    ):
+        assert torch.equal(call(), call())
+
+
 def test_what_the_kernel_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMPRUNE_KERNELS", "matmul24=triton")
     for x, weight, reason in (
