@@ -25,7 +25,7 @@ class Grid:
         return cls(bits, scale_O, torch.round(-low_O / scale_O))
 
     def nearest(self, weight_O: torch.Tensor) -> torch.Tensor:
-        """The nearest grid value of one weight of every row."""
+        """The nearest grid value of one weight of every row, or of several: ... x O."""
         level_O = torch.round(weight_O / self.scale_O) + self.zero_O
         return (level_O.clamp_(0, 2**self.bits - 1) - self.zero_O) * self.scale_O
 

@@ -68,7 +68,8 @@ class Scaled:
     """A Gram matrix brought to unit diagonal, and damped: `matrix_II = G / (d d') + damping * I`, d = sqrt(diag G).
 
     Weights enter as `W * scale_I`, in which all inputs weigh alike, so that a few massive activations
-    do not set the damping of all others. `scale_I` is 1 for an input that was never active.
+    do not set the damping of all others. `scale_I` of an input that was never active is the smallest of the others, so that
+    the unit of the activations decides nothing; 1 if none was active.
     """
 
     matrix_II: torch.Tensor
@@ -82,8 +83,9 @@ class Scaled:
 
 def scaled(gram_lower_II: torch.Tensor, damping: float) -> Scaled:
     """Unit-diagonal form of a Gram matrix of which the lower triangle is valid."""
-    scale_I = gram_lower_II.diagonal().sqrt()
-    scale_I = torch.where(scale_I > 0, scale_I, 1.0)
+    norm_I = gram_lower_II.diagonal().sqrt()
+    active_I = norm_I > 0
+    scale_I = torch.where(active_I, norm_I, norm_I[active_I].min() if bool(active_I.any()) else 1.0)
     lower_II = (gram_lower_II / scale_I[:, None] / scale_I).tril_(-1)
     matrix_II = lower_II + lower_II.T
     matrix_II.diagonal().copy_((gram_lower_II.diagonal() > 0) + damping)

@@ -273,14 +273,15 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         return _steps_of(recipe) if recipe.steps > 1 else []
     if recipe.steps > 1:
         raise UserError("steps belongs to a recipe without stages")
-    base = recipe.model_dump(exclude={"stages", *OWN})
+    # what was left open stays open, so that a stage may fit it to the memory
+    base = recipe.model_dump(exclude={"stages", *OWN}, exclude_unset=True)
     fields = type(recipe).model_fields
     outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
     if outside:
         raise UserError(f"{outside[0]} belongs into one of the stages, not beside them")
     for stage in recipe.stages:
-        if "stages" in stage or "model" in stage:
-            raise UserError("a stage has neither a model nor stages of its own")
+        if own := {"stages", "steps", "model"} & stage.keys():
+            raise UserError(f"a stage has neither a model nor stages or steps of its own, but this one has {min(own)}")
     return [validate(_merged(base, stage)) for stage in recipe.stages]
 
 

@@ -30,6 +30,7 @@ from llmprune.memory import PeakMemory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
+from llmprune.recipe import Recipe
 from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
 from llmprune.types import RunError, UserError
@@ -57,29 +58,23 @@ class Restructuring(Job):
     # halves of layers that put out nothing, as soon as that is decided
     _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
 
-    def _check_amount(self) -> None:
-        recipe, kind = self.recipe, self.method.kind
-        self._refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
+        kind = method.kind
+        refuse(recipe, ("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
             raise UserError(f"say how much {recipe.method!r} should leave out: {example}")
         if getattr(recipe, other) is not None:
             raise UserError(f"{recipe.method!r} leaves out {_units(kind)}; it cannot do {other}")
-        if isinstance(recipe.drop_layers, list) and not self.method.takes_list:
+        if isinstance(recipe.drop_layers, list) and not method.takes_list:
             raise UserError(
                 f"{recipe.method!r} chooses the layers itself: give their number; to name them leave out the method"
             )
         share = recipe.drop_experts
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
-
-    def _refuse(self, keys: Iterable[str], does: str) -> None:
-        """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
-        for key in keys:
-            field = type(self.recipe).model_fields[key]
-            if getattr(self.recipe, key) != field.get_default(call_default_factory=True):
-                raise UserError(f"{key} has no meaning for {self.recipe.method!r}, which {does}")
 
     def _make_plan(self) -> Plan:
         refuse_shared_layers(self.config)
@@ -379,6 +374,14 @@ class Restructuring(Job):
     def _warnings(self) -> list[str]:
         """What the user should know of the result."""
         return []
+
+
+def refuse(recipe: Recipe, keys: Iterable[str], does: str) -> None:
+    """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
+    for key in keys:
+        field = type(recipe).model_fields[key]
+        if getattr(recipe, key) != field.get_default(call_default_factory=True):
+            raise UserError(f"{key} has no meaning for {recipe.method!r}, which {does}")
 
 
 def _units(kind: str) -> str:

@@ -24,7 +24,7 @@ import llmprune
 from llmprune.allocation import ALLOCATORS, Dense, dlp
 from llmprune.allocation.alphapruning import tail_exponent
 from llmprune.allocation.arithmetic import RISE, arithmetic
-from llmprune.allocation.dynamic import dynamic, knapsack
+from llmprune.allocation.dynamic import divided, dynamic, knapsack
 from llmprune.allocation.evopress import MANY, evolve
 from llmprune.allocation.fit import MOST, fit
 from llmprune.allocation.owl import OUTLYING, REACH
@@ -235,6 +235,15 @@ def test_the_knapsack_is_the_best_of_all_choices(sizes: tuple[int, int], target:
         assert sum(gains[row, found[row]] for row in rows) >= target
         best = min(sum(costs[row, one[row]] for row in rows) for one in allowed)
         assert sum(costs[row, found[row]] for row in rows) == best
+
+
+@pytest.mark.parametrize("matrices", [3, 900])
+def test_zeros_of_many_small_matrices_add_up(matrices: int) -> None:
+    """Where a matrix has less than one bucket, those of all are still the level's share, and any budget can be reached."""
+    counts, levels = np.full(matrices, 64), np.array([0.0, 0.3, 0.6, 0.99])
+    zeros = divided(counts, levels, 100)
+    assert zeros.min() >= 0 and zeros.sum(0).tolist() == [0, 30, 60, 99]
+    assert knapsack(np.tile(levels, (matrices, 1)), zeros, 99) is not None
 
 
 def test_dynamic_spares_the_matrix_that_cannot_be_pruned() -> None:

@@ -87,3 +87,13 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
         method_of(Recipe(method="losparse", update="least-squares"))
     with pytest.raises(UserError, match="split stores an adapter beside a model"):
         llmprune.prune(model, method="losparse", sparsity=0.5, split=True)
+
+
+def test_a_split_that_a_later_step_would_lose_is_refused(tmp_path: Path) -> None:
+    model = tiny.save("llama", tmp_path / "model")
+    stage = {"method": "losparse", "sparsity": 0.5, "options": {"split": True}}
+    later = {"method": "magnitude", "sparsity": 0.5}
+    for asked in ({"method": "losparse", "sparsity": 0.5, "split": True, "steps": 2}, {"stages": [stage, later]}):
+        with pytest.raises(UserError, match="would lose"):
+            llmprune.prune(model, out=tmp_path / "out", **asked)
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]

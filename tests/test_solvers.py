@@ -23,6 +23,7 @@ from llmprune.solvers.dsnot import dsnot
 from llmprune.solvers.least_squares import redense
 from llmprune.solvers.obs import eliminate
 from llmprune.solvers.subsets import exact, solve_subsets
+from llmprune.solvers.swaps import swaps
 from llmprune.solvers.sweep import sweep_mask
 from llmprune.statistics import GRAM, MOMENTS, Stats
 from llmprune.types import UNSTRUCTURED, Budget, Edit, Matrix, Pattern, RunError, UserError
@@ -454,3 +455,56 @@ def test_sds_is_sparsegpt_on_the_redensed_weights(budget: Budget) -> None:
     found = method_of(Recipe(method="sds")).solve(Matrix("m", weight_OI), stats, budget)
     assert np.array_equal(found.pruned_OI.numpy(), second.pruned_OI)
     assert apart(found.weight_OI, second.weight_OI) <= 1e-4
+
+
+def test_swaps_go_on_beside_a_row_that_has_nothing_to_swap() -> None:
+    """One row without a kept weight, one without a pruned one: every other row still ends in no more error."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(256, 48, generator=generator) @ torch.randn(48, 48, generator=generator)
+    system, weight_OI = scaled((x_TI.T @ x_TI).tril(), 0.01), torch.randn(12, 48, generator=generator)
+    pruned_OI = masks.select(weight_OI.abs(), Budget(0.5), by="row")
+    pruned_OI[0], pruned_OI[1] = True, False
+    better_OI = swaps(weight_OI, pruned_OI, system, Budget(0.5))
+
+    def error_O(mask_OI: torch.Tensor) -> torch.Tensor:
+        lost_OI = (weight_OI * system.scale_I * mask_OI).double()
+        return torch.einsum("oi,ij,oj->o", lost_OI, system.matrix_II.double(), lost_OI)
+
+    assert torch.equal(better_OI.sum(1), pruned_OI.sum(1)) and torch.equal(better_OI[:2], pruned_OI[:2])
+    assert bool((error_O(better_OI)[2:] < error_O(pruned_OI)[2:]).all())
+
+
+@pytest.mark.parametrize("method", ["admm", "alps", "sparsegpt", "thanos"])
+def test_the_unit_of_the_activations_decides_nothing(method: str) -> None:
+    """The same mask for inputs a power of two smaller, which rounds alike, where some inputs were never active."""
+    generator = torch.Generator().manual_seed(0)
+    x_TI = torch.randn(256, 64, generator=generator)
+    x_TI[:, ::8] = 0
+    weight_OI = torch.randn(24, 64, generator=generator)
+
+    def solved(factor: float) -> torch.Tensor:
+        stats = Stats(64, frozenset({GRAM, MOMENTS}))
+        stats.update(factor * x_TI)
+        edit: Edit = method_of(Recipe(method=method)).solve(Matrix("m", weight_OI), stats, Budget(0.5))
+        return edit.pruned_OI
+
+    assert torch.equal(solved(1.0), solved(2.0**-10))
+
+
+@pytest.mark.parametrize("step", [{"update": "least-squares"}, {"refine": "swaps"}, {"reconstruct": 1}], ids=str)
+def test_a_grid_is_not_left_again(step: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="grid"):
+        method_of(Recipe(method="sparsegpt", options={"bits": 4}, **step))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_weights_lie_on_the_grid_of_the_report(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_TI, weight_OI = torch.randn(512, 96, generator=generator), torch.randn(16, 96, generator=generator)
+    stats = Stats(96, frozenset({GRAM}))
+    stats.update(x_TI)
+    edit = SparseGPT(bits=bits).solve(Matrix("m", weight_OI), stats, Budget(0.5))
+    grid = edit.notes["grid"]
+    levels_OL = torch.arange(2**bits) - torch.tensor(grid["zero"])[:, None]
+    values_OL = levels_OL * torch.tensor(grid["scale"])[:, None]
+    assert bool((edit.weight_OI[:, :, None] == values_OL[:, None, :]).any(2).all())

@@ -324,3 +324,10 @@ def test_check_needs_the_configuration_alone(tmp_path: Path) -> None:
     table = runner.cli("check", unknown).out
     # one row for all methods of one answer
     assert table.count("expert │") == 1 and "no: the" in table
+
+
+@pytest.mark.parametrize("allocation", ["balanced", "pooled", "rising"])
+def test_a_method_without_text_takes_every_allocation(allocation: str) -> None:
+    model = tiny.build("llama")
+    result = llmprune.prune(model, method="group-magnitude", ratio=0.2, allocation=allocation, width={"round_to": 4})
+    assert result.report["totals"]["params_after"] < result.report["totals"]["params_before"]

@@ -14,7 +14,8 @@ from llmprune.statistics import GRAM
 from llmprune.types import Budget, Matrix, UserError
 
 KEPT = 0.8  # the density of a level, as a share of that of the level before
-BUCKETS = 10_000  # into which the zeros are divided
+BUCKETS = 10_000  # into which the zeros are divided, at least
+FINE = 4  # of them for each matrix, at least
 
 
 def dynamic(dense: Dense, budget: Budget) -> dict[str, Budget]:
@@ -39,23 +40,32 @@ def dynamic(dense: Dense, budget: Budget) -> dict[str, Budget]:
             errors[spec.name] = np.array([(edit.loss or 0.0) / whole if whole > 0 else 0.0 for edit in edits])
 
     dense.measure(frozenset({GRAM}), look)
-    counts = np.array([spec.count for spec in dense.specs])
-    zeros = np.floor(np.outer(counts, levels) * (BUCKETS / counts.sum())).astype(np.int64)
-    found = knapsack(np.array(list(errors.values())), zeros, math.ceil(budget.sparsity * BUCKETS))
+    buckets = max(BUCKETS, FINE * len(dense.specs))
+    zeros = divided(np.array([spec.count for spec in dense.specs]), np.array(levels), buckets)
+    found = knapsack(np.array(list(errors.values())), zeros, math.ceil(budget.sparsity * buckets))
     if found is None:
         raise UserError(f"sparsity {budget.sparsity} is out of reach: no matrix may lose more than {MOST:.0%}")
     chosen = {spec.name: levels[place] for spec, place in zip(dense.specs, found, strict=True)}
     return fit(dense.specs, budget, lambda shift: {name: one + shift for name, one in chosen.items()})
 
 
+def divided(counts_M: np.ndarray, levels_L: np.ndarray, buckets: int) -> np.ndarray:
+    """The zeros of M matrices at L levels, in units of which all weights have `buckets`; those of a level add up to it.
+
+    What rounding takes from one matrix it gives to the next: matrices smaller than a unit count too.
+    """
+    before_ML = np.outer(np.concatenate([[0], counts_M.cumsum()]) / counts_M.sum(), levels_L)
+    return np.diff(np.floor(before_ML * buckets).astype(np.int64), axis=0)
+
+
 def knapsack(costs_ML: np.ndarray, gains_ML: np.ndarray, target: int) -> list[int] | None:
     """The choice of one of L for each of M with the least sum of costs whose gains (integers) add up to the target.
 
-    Costs M * L * target additions. None if no choice has gained enough.
+    At most 127 levels. Costs M * L * target additions, and M * target bytes. None if no choice has gained enough.
     """
     best = np.full(target + 1, np.inf)
     best[0] = 0.0
-    taken = np.zeros((len(costs_ML), target + 1), dtype=np.int16)
+    taken = np.zeros((len(costs_ML), target + 1), dtype=np.int8)
     for row, (costs, gains) in enumerate(zip(costs_ML, gains_ML, strict=True)):
         # what is left to gain before this choice, for every amount that is to be gained with it
         left = np.maximum(np.arange(target + 1) - gains[:, None], 0)

@@ -43,10 +43,12 @@ def evopress(dense: Dense, budget: Budget) -> dict[str, Budget]:
     with tempfile.TemporaryDirectory(prefix="llmprune-levels-") as folder:
         store = LevelStore(Path(folder))
         store.make_room(2 * REACH + 1, 4 * sum(spec.count for spec in dense.specs))
+        reached: set[str] = set()
 
         def look(number: int, matrices: Measured) -> None:
             found: dict[int, dict[str, torch.Tensor]] = {level: {} for level in range(2 * REACH + 1)}
             for spec, weight_OI, stats in matrices():
+                reached.add(spec.name)
                 for level, count in enumerate(zeros[spec.name]):
                     edit = SparseGPT().solve(Matrix(spec.name, weight_OI), stats, Budget(count / spec.count))
                     laid_out = edit.weight_OI.T if spec.transposed else edit.weight_OI
@@ -73,7 +75,11 @@ def evopress(dense: Dense, budget: Budget) -> dict[str, Budget]:
         def fitness(choices: Sequence[list[int]], sequences: int) -> list[float]:
             return dense.diverge([variant(choice) for choice in choices], sequences)
 
-        lines = [zeros[spec.name] for spec in dense.specs]
+        # a matrix that no token reached has no levels to choose from, and keeps the budget
+        lines = [
+            zeros[spec.name] if spec.name in reached else [budget.pruned_of(spec.count)] * (2 * REACH + 1)
+            for spec in dense.specs
+        ]
         chosen = evolve(fitness, lines, random.Random(SEED))
     amounts = {spec.name: lines[place][chosen[place]] / spec.count for place, spec in enumerate(dense.specs)}
     return fit(dense.specs, budget, lambda shift: {name: one + shift for name, one in amounts.items()})

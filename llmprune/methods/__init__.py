@@ -142,6 +142,10 @@ def method_of(recipe: Recipe) -> Any:
         if value not in (None, "none", *known):
             raise UserError(f"unknown {key} {value!r}{nearest(str(value), ['none', *known])}")
     refine, update = (None if one == "none" else one for one in (refine, update))
+    if getattr(method, "bits", 0) and (refine or update or epochs_of(recipe)):
+        raise UserError(
+            "bits puts weights on a grid, off which refine, update and reconstruct would take them: leave out one"
+        )
     if not (refine or update or strength):
         return method
     if method.output != "plain":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+
+from llmprune.solvers.assignment import assign
 
 # groups among which inputs are assigned at once: the assignment is cubic in them
 TOGETHER = 256
@@ -46,36 +47,4 @@ def _assigned(score_OI: torch.Tensor, order_GM: torch.Tensor, place: int, keep: 
     least_OG = score_OI[:, others_GM].topk(keep, dim=2).values[:, :, -1]
     moved_OG = score_OI[:, order_GM[:, place]]
     gain_GG = torch.stack([(moved_OG - least_O1).clamp_min(0).sum(0) for least_O1 in least_OG.T[:, :, None]])
-    return torch.from_numpy(assignment(-gain_GG.double().cpu().numpy())).to(order_GM.device)
-
-
-def assignment(cost: np.ndarray) -> np.ndarray:
-    """The column of each row of a square matrix, every column once, with the least sum of costs.
-
-    Shortest augmenting paths with potentials (Jonker and Volgenant 1987): n³ steps, n² of them in Python.
-    """
-    size = len(cost)
-    row_price, column_price = np.zeros(size + 1), np.zeros(size + 1)
-    row_of = np.full(size + 1, size)  # of each column; the last column is where a path begins
-    for row in range(size):
-        row_of[size], column = row, size
-        shortest, before = np.full(size, np.inf), np.full(size, size)
-        visited = np.zeros(size + 1, dtype=bool)
-        while row_of[column] < size:
-            visited[column] = True
-            here = row_of[column]
-            reduced = cost[here] - row_price[here] - column_price[:size]
-            shorter = (reduced < shortest) & ~visited[:size]
-            shortest[shorter], before[shorter] = reduced[shorter], column
-            nearest = int(np.where(visited[:size], np.inf, shortest).argmin())
-            step = shortest[nearest]
-            row_price[row_of[visited]] += step
-            column_price[visited] -= step
-            shortest[~visited[:size]] -= step
-            column = nearest
-        while column < size:
-            row_of[column] = row_of[before[column]]
-            column = before[column]
-    found = np.empty(size, dtype=np.int64)
-    found[row_of[:size]] = np.arange(size)
-    return found
+    return assign(gain_GG).to(order_GM.device)

@@ -27,9 +27,8 @@ def swaps(
     rows_O = torch.arange(len(weight_OI), device=weight_OI.device)
     if budget.pattern.structured:
         return _swaps_in_groups(weight_OI, pruned_OI, system.matrix_II, budget.pattern.group, rounds)
-    shortlist = min(SHORTLIST, int(pruned_OI.sum(1).min()), int((~pruned_OI).sum(1).min()))
-    if shortlist == 0:
-        return pruned_OI
+    # a row with fewer candidates has them filled up with ones of infinite cost
+    shortlist = min(SHORTLIST, weight_OI.shape[1])
     pressure_OI = product_nt(weight_OI * pruned_OI, system.matrix_II)
     for _ in range(rounds):
         prune_OI = 2 * weight_OI * pressure_OI + weight_OI.square() * diagonal_I

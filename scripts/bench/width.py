@@ -46,6 +46,7 @@ class Way(NamedTuple):
     """A method with its options, and the recipe keys with which it spreads the amount itself.
 
     `alone`: whether it also runs on channels alone. `plain`: whether the result is of one width in a plain class.
+    `further`: an amount beyond the others, for methods that count what they take out in another way and fall short.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Way(NamedTuple):
     keys: Mapping[str, Any] = {}
     alone: bool = True
     plain: bool = True
+    further: tuple[float, ...] = ()
 
 
 REMOTE = {"layout": "remote-code"}
@@ -62,7 +64,6 @@ METHODS = {
     DEFAULT: Way("group-obs", keys={"allocation": "balanced"}),
     "group-obs uniform": Way("group-obs", alone=False),
     "group-obs rising": Way("group-obs", keys={"allocation": "rising", **REMOTE}, alone=False, plain=False),
-    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
     "ziplm (dense stream)": Way("group-obs", {"stream": "dense"}, {"allocation": "balanced"}),
     "random": Way("random-units"),
     "magnitude L1": Way("group-magnitude", {"norm": 1}),
@@ -74,9 +75,11 @@ METHODS = {
     "llm-pruner channel-wise": Way("llm-pruner", keys={"width": {"units": ["residual"]}}, alone=False),
     "wanda-sp": Way("wanda-sp"),
     "wanda-sp least-squares (FASP)": Way("wanda-sp", FULL),
-    "flap": Way("flap", keys={"allocation": "pooled", **REMOTE}, plain=False),
-    "flap without bias": Way("flap", {"compensate": "none"}, {"allocation": "pooled", **REMOTE}, plain=False),
-    "flap least-squares": Way("flap", FULL, {"allocation": "pooled", **REMOTE}, plain=False),
+    "flap": Way("flap", keys={"allocation": "pooled", **REMOTE}, plain=False, further=(0.4,)),
+    "flap without bias": Way(
+        "flap", {"compensate": "none"}, {"allocation": "pooled", **REMOTE}, plain=False, further=(0.4,)
+    ),
+    "flap least-squares": Way("flap", FULL, {"allocation": "pooled", **REMOTE}, plain=False, further=(0.4,)),
     "minitron": Way("minitron"),
     "minitron channels and hidden": Way("minitron", keys={"width": {"units": ["channel", "residual"]}}, alone=False),
     "thinet": Way("thinet"),
@@ -84,8 +87,11 @@ METHODS = {
     "group-fisher": Way("group-fisher"),
     "group-fisher least-squares": Way("group-fisher", FULL),
     "bonsai": Way("bonsai", {"masks": 64, "sequences": 8}),
-    "slicegpt": Way("slicegpt", keys=REMOTE, alone=False, plain=False),
-    "slicegpt one basis": Way("slicegpt", alone=False),
+    "slicegpt": Way("slicegpt", keys=REMOTE, alone=False, plain=False, further=(0.4,)),
+    "slicegpt one basis": Way("slicegpt", alone=False, further=(0.4,)),
+    "k-prune": Way("k-prune"),
+    "llm-surgeon": Way("llm-surgeon-structured"),
+    "group-obs evolutionary": Way("group-obs", keys=SEARCH, alone=False, plain=False),
 }
 
 
@@ -160,7 +166,8 @@ def wanted(names: list[str], labels: list[str], kinds: list[str]) -> Iterator[tu
     for name in names:
         for label in labels:
             for kind in kinds if METHODS[label].alone else [kind for kind in kinds if kind == PUBLISHED]:
-                yield from ((name, label, kind, ratio) for ratio in RATIOS)
+                ratios = RATIOS if kind == ALONE else RATIOS + METHODS[label].further
+                yield from ((name, label, kind, ratio) for ratio in ratios)
 
 
 def interpolated(dense: dict[str, Any], rows: Mapping[str, Any], ratio: float) -> float | None:
@@ -184,7 +191,7 @@ def at_equal_parameters(found: dict[str, Any], kind: str) -> dict[str, list[floa
 
 
 def verdicts(found: dict[str, Any]) -> list[list[str]]:
-    """How the default stands at equal parameters: to the best of one width, and to what was published."""
+    """How the default stands at equal parameters: to the best of one width and of all, and to what was published."""
     dense, ppl = found["dense"]["ppl"], at_equal_parameters(found, PUBLISHED)
     if DEFAULT not in ppl:
         return []
@@ -194,8 +201,10 @@ def verdicts(found: dict[str, Any]) -> list[list[str]]:
         if DEFAULT not in here:
             continue
         mine, plain = here[DEFAULT], {label: one for label, one in here.items() if METHODS[label].plain}
-        best = min(plain, key=lambda label: plain[label])
-        cells = [f"{ratio:.0%}", f"{mine:.2f}", f"{best} ({plain[best]:.2f})", f"{mine / plain[best] - 1:+.1%}"]
+        cells = [f"{ratio:.0%}", f"{mine:.2f}"]
+        for among in (plain, here):
+            best = min(among, key=lambda label: among[label])
+            cells += [f"{best} ({among[best]:.2f})", f"{mine / among[best] - 1:+.1%}"]
         for other in ("llm-pruner first", "slicegpt"):
             gap = f"{(here[other] - mine) / (here[other] - dense):.0%}" if other in here else "not measured"
             cells.append(gap)
@@ -224,8 +233,8 @@ def markdown(results: dict[str, Any], protocol: str) -> str:
         )
         rows = verdicts(found)
         if rows:
-            columns = ["as published", "default", "best of one width", "default to it", "LLM-Pruner's gap closed"]
-            parts.append("\n" + record.table([*columns, "SliceGPT's gap closed"], rows))
+            columns = ["as published", "default", "best of one width", "default to it", "best of all", "default to it"]
+            parts.append("\n" + record.table([*columns, "LLM-Pruner's gap closed", "SliceGPT's gap closed"], rows))
         for kind in (PUBLISHED, ALONE):
             equal = at_equal_parameters(found, kind)
             order = sorted(equal, key=lambda label: equal[label][-1] or math.inf)

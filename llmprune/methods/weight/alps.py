@@ -61,8 +61,9 @@ class Alps:
         if not self.planned(outputs, inputs, budget):
             return Edit.unchanged(weight_OI)
         system, values_I, vectors_II = stats.derived(("eigen", self.damping), lambda: self._decompose(stats))
-        pruned_OI, iterations = self._search(weight_OI * system.scale_I, budget, system, values_I, vectors_II)
-        new_OI = least_squares(weight_OI, pruned_OI, system, steps=self.polish)
+        found_OI, pruned_OI, iterations = self._search(weight_OI * system.scale_I, budget, system, values_I, vectors_II)
+        start_OI = found_OI / system.scale_I
+        new_OI = least_squares(weight_OI, pruned_OI, system, start_OI=start_OI, steps=self.polish)
         return Edit(new_OI, pruned_OI, {"iterations": iterations})
 
     def _decompose(self, stats: Stats) -> tuple[Scaled, torch.Tensor, torch.Tensor]:
@@ -79,8 +80,8 @@ class Alps:
         system: Scaled,
         values_I: torch.Tensor,
         vectors_II: torch.Tensor,
-    ) -> tuple[torch.Tensor, int]:
-        """The mask on which ADMM settles, and after how many iterations."""
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """The weights (on the scale of the unit diagonal) and the mask on which ADMM settles, after how many iterations."""
 
         def inverse(rho: float) -> torch.Tensor:
             return ((vectors_II / (values_I + rho)) @ vectors_II.T).float()
@@ -101,13 +102,13 @@ class Alps:
             moved = int((pruned_OI != before_OI).sum())
             before_OI = pruned_OI
             if not moved and moved_ever:
-                return pruned_OI, iteration
+                return sparse_OI, pruned_OI, iteration
             if iteration >= ENOUGH and moved < SETTLED * kept:
-                return pruned_OI, iteration
+                return sparse_OI, pruned_OI, iteration
             # a mask that never moved is held by too strong a penalty
             factor = next(growth for share, growth in GROWTH if moved >= share * kept) if moved else 0.2
             moved_ever = moved_ever or moved > 0
             rho *= factor
             dual_OI = dual_OI / factor
             ridge_II = inverse(rho)
-        return pruned_OI, self.iterations
+        return sparse_OI, pruned_OI, self.iterations

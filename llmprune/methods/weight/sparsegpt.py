@@ -97,6 +97,8 @@ class SparseGPT:
             if factor.damping != self.damping or factor.float64:
                 edit.notes |= {"damping": factor.damping, "float64": factor.float64}
             if grid:
+                # the sweep gives differences to the dense weights, which round
+                edit.weight_OI = grid.nearest(edit.weight_OI.T).T
                 edit.notes["grid"] = grid.notes()
         return edits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -192,4 +192,6 @@ class _Block:
         for x_TI, target_TO in zip(inputs, targets, strict=True):
             cross_update_(pull_OI, target_TO - self._apply({name: solved.dense_OI}, name, x_TI), x_TI)
         fitted_OI = retarget(solved.dense_OI, pull_OI, stats.scaled(self._damping), 1.0)
-        return SparseGPT(self._damping).solve(Matrix(name, fitted_OI), stats, solved.budget)
+        edit = SparseGPT(self._damping).solve(Matrix(name, fitted_OI), stats, solved.budget)
+        # its loss is measured from the refitted weights
+        return replace(edit, loss=None)
