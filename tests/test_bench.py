@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import llmprune
 from llmprune import UserError
 from llmprune.eval import speed
-from llmprune.report.page import read_run
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 
@@ -54,20 +52,19 @@ def test_counts(half: Path) -> None:
     assert found["protocol"]["rounds"] == 2 and found["protocol"]["prompt"] == 4
 
 
-def test_packed_weights_count_as_what_they_stand_for(tmp_path: Path) -> None:
-    llmprune.prune(DEMO, out=tmp_path / "nm", method="magnitude", pattern="2:4")
-    plain, packed = (
-        speed.bench({"pruned": tmp_path / "nm"}, prompt=4, new=2, rounds=2, sparse=sparse)["models"]["pruned"]
-        for sparse in (False, True)
-    )
-    for what in ("params", "zeros", "prefill_flops", "file_bytes"):
-        assert packed[what] == plain[what], what
-    report = read_run(tmp_path / "nm")
-    assert (plain["params"], plain["zeros"]) == (report["totals"]["params_after"], report["totals"]["zeros"])
-    # of a float32 matrix half of the values go, and a byte of metadata comes for eight inputs
-    shapes = [row["shape"] for row in report["tensors"]]
-    saved = sum(outputs * (inputs * 4 // 2 - math.ceil(inputs / 8)) for outputs, inputs in shapes)
-    assert plain["weight_bytes"] - packed["weight_bytes"] == saved
+def test_packed_models_count_as_the_dense_ones_they_stand_for(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "source")
+    llmprune.prune(source, out=tmp_path / "out", method="magnitude", pattern="2:4")
+    models = {"dense": tmp_path / "out", "packed": tmp_path / "out"}
+    found = speed.bench(models, prompt=4, new=3, rounds=2, sparse=True)["models"]
+    for key in ("params", "zeros", "prefill_flops", "file_bytes"):
+        assert found["packed"][key] == found["dense"][key]
+    assert "matmul24" not in found["dense"]["kernels"] and found["packed"]["kernels"]["matmul24"]["ran"] == ["torch"]
+    pruned = 2 * found["dense"]["zeros"]
+    # in float32 a packed matrix takes half of the dense bytes, and two bits for every kept weight
+    assert found["packed"]["weight_bytes"] == found["dense"]["weight_bytes"] - 4 * pruned * (1 - 0.5 - 1 / 32)
+    printed = cli("bench", tmp_path / "out", "--sparse", "--prompt", 4, "--new", 3, "--rounds", 2)
+    assert "products with 2:4 matrices" in printed.out
 
 
 def test_loads_in_turns_after_a_warm_up(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,10 @@ def check_config(config: Any, where: str) -> None:
         raise UserError(
             f"{where} is a {kind!r} model, whose layers run several times in a forward pass: llmprune goes through layers once"
         )
+    if getattr(config.get_text_config(), "cross_attention_layers", None):
+        raise UserError(
+            f"{where} is a {kind!r} model, some of whose layers run only where there are pictures: llmprune reads text"
+        )
     if kind in UNORDERED and not getattr(config, "is_decoder", False):
         raise UserError(f"{where} is an encoder-only model ({kind}); llmprune prunes decoder-only language models")
     if not remote and headless and any("MaskedLM" in name or "Classification" in name for name in architectures):
@@ -217,6 +221,11 @@ class Routing:
                 # one tensor may feed several parameters, which are called like the first
                 first, *others = next(one for one in converters if source in one.source_patterns).target_patterns
                 self._siblings.update({name.replace(first, other): group for other in others})
+
+    @property
+    def feeds(self) -> dict[str, str]:
+        """Which parameter every tensor of the checkpoint feeds, those apart that feed none."""
+        return {key: name for name, group in self.groups.items() for key in group.keys}
 
     def group_of(self, parameter: str) -> Group:
         """The checkpoint tensors that feed a parameter."""
