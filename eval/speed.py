@@ -56,14 +56,14 @@ def bench(
         if prompt + new > room:
             raise UserError(f"prompt {prompt} + new {new} is more than the {room} tokens of {which}")
     times: dict[str, dict[str, list[float]]] = {label: {"load": [], "prefill": [], "decode": []} for label in models}
-    place: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     opened: dict[str, PreTrainedModel] = {}
     for number in range(LOADS + 1):
         for label, which in models.items():
             # never twice in memory
             opened.pop(label, None)
             gc.collect()
-            opened[label], seconds = _load(which, sparse=sparse and label != "dense", **place)
+            opened[label], seconds = _load(which, sparse=sparse and label != "dense", **how)
             if number > 0:
                 times[label]["load"].append(seconds)
     rows: dict[str, dict[str, Any]] = {
