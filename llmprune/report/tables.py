@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.report import words
+from llmprune.report.words import short
 
 FORMATS = ("md", "tex", "csv")
 
@@ -65,12 +66,6 @@ def table(heads: list[str], rows: list[list[str]], form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short(spec: str) -> str:
-    """A text SPEC without folders."""
-    kind, colon, rest = spec.partition(":")
-    return Path(rest).name if kind == "file" and colon else spec
-
-
 def _scores(measured: dict[str, Any], texts: list[str], metrics: list[tuple[str, str]]) -> list[str]:
     cells = []
     for spec in texts:
@@ -84,5 +79,7 @@ def _scores(measured: dict[str, Any], texts: list[str], metrics: list[tuple[str,
 
 
 def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
+    special = {
+        "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "–": "--", "±": r"$\pm$",
+    }  # fmt: skip
     return "".join(special.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)
