@@ -46,14 +46,27 @@ class Weights(Loads, Protocol):
 
 
 class Resident:
-    """A model that the caller loaded: it is pruned where it lies."""
+    """A model that the caller loaded: it is pruned where it lies.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    What one of `units` lends to others is kept as it was, for when these are wanted dense.
+    """
+
+    def __init__(self, model: PreTrainedModel, units: Iterable[Unit] = ()) -> None:
         self._model = model
         self.records: dict[str, dict[str, Any]] = {}
+        lent = {source for unit in units for source in unit.borrowed.values()}
+        self._aside = {name: model.get_parameter(name).detach().clone() for name in lent}
+        self._dense = False  # whether what is aside is not the dense values but the others
 
     def load(self, unit: Unit, *, dense: bool = False) -> None:
-        pass
+        if dense == self._dense:
+            return
+        for name, aside in self._aside.items():
+            place = self._model.get_parameter(name).data
+            held = place.clone()
+            place.copy_(aside)
+            aside.copy_(held)
+        self._dense = dense
 
     def free(self, unit: Unit) -> None:
         pass
@@ -96,13 +109,16 @@ class Streamed:
         self.prepare: Callable[[Unit], None] = lambda unit: None
         self._routing = Routing(model, checkpoint)
         self._dtype, self._device = dtype, device
+        self._units = units
         self._prefixes = [unit.prefix for unit in units]
+        self._loaded: set[str] = set()
         missing = self._routing.missing()
         if missing:
             raise UserError(f"{checkpoint.folder} lacks the tensor {missing[0]} that its configuration calls for")
         misfits = self._routing.misfits()
         if misfits:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {misfits[0]} has another shape")
+        self._check_tied()
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(device)
@@ -115,16 +131,16 @@ class Streamed:
     def load(self, unit: Unit, *, dense: bool = False) -> None:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
-        overlay = self._parent if dense else None
-        finished = self._output is not None and unit.name in self.done() and not dense
-        if self._output is not None and finished:
-            overlay = self._output.written(unit.name)
-        self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
-        if not finished:
+        keys = self._routing.keys_under(unit.prefix)
+        self._routing.load(keys, self._dtype, self._device, self._overlay(unit, dense=dense))
+        self._borrow(unit, dense=dense)
+        self._loaded.add(unit.name)
+        if dense or unit.name not in self.done():
             self.prepare(unit)
 
     def free(self, unit: Unit) -> None:
         _to_meta(unit.module)
+        self._loaded.discard(unit.name)
         self._checkpoint.close()
 
     def fetch(self, parameters: Iterable[str]) -> None:
@@ -222,6 +238,37 @@ class Streamed:
         for name, module in self._model.named_modules():
             if not self._inside(name):
                 _to_meta(module, recurse=False)
+
+    def _overlay(self, unit: Unit, *, dense: bool) -> Checkpoint | None:
+        """Where the tensors of a unit lie, if not in the checkpoint."""
+        if dense or self._output is None:
+            return self._parent if dense else None
+        return self._output.written(unit.name) if unit.name in self.done() else None
+
+    def _borrow(self, unit: Unit, *, dense: bool) -> None:
+        """Give a unit the parameters that are those of other units, loaded for it where these are not."""
+        for lender in self._units:
+            lent = {name: source for name, source in unit.borrowed.items() if source.startswith(lender.prefix)}
+            absent = lent and lender.name not in self._loaded
+            if absent:
+                keys = [key for source in lent.values() for key in self._routing.group_of(source).keys]
+                self._routing.load(keys, self._dtype, self._device, self._overlay(lender, dense=dense))
+            for name, source in lent.items():
+                place, _, short = name.rpartition(".")
+                self._model.get_submodule(place)._parameters[short] = self._model.get_parameter(source)
+            if absent:
+                _to_meta(lender.module)
+
+    def _check_tied(self) -> None:
+        """Raise UserError if the checkpoint stores tied parameters of units twice, with different values."""
+        stored = self._routing.groups
+        for name, source in ((name, one) for unit in self._units for name, one in unit.borrowed.items()):
+            pairs = zip(stored[name].keys, stored[source].keys, strict=True) if name in stored else ()
+            if not all(torch.equal(*map(self._checkpoint.tensor, pair)) for pair in pairs):
+                raise UserError(
+                    f"{self._checkpoint.folder} stores other values for {name} than for {source}, which its configuration "
+                    "ties together; set tie_word_embeddings to false in its config.json"
+                )
 
     def _inside(self, name: str) -> bool:
         return any(f"{name}.".startswith(prefix) for prefix in self._prefixes)
