@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from llmprune.calibration import read_documents
 from llmprune.eval.agreement import PROMPTS, agreement, write
-from llmprune.eval.perplexity import measure, open_model
+from llmprune.eval.perplexity import check_batch, check_windows, measure, open_model
 from llmprune.types import UserError
 
 # Options of `perplexity.cut` and of `harness.measure`, told apart by name.
@@ -42,22 +43,15 @@ def evaluate(
     agreement, and paired tests. `batch_size`: windows or requests at once; "auto": as many as memory allows. Raises
     UserError.
     """
-    specs, names = _listed(perplexity), _listed(tasks)
-    asked = list(PROMPTS) if prompts is True else [] if prompts is False else list(prompts)
-    unknown = sorted(set(options) - {*WINDOWS, *HARNESS})
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]!r} (known: {', '.join((*WINDOWS, *HARNESS))})")
-    if not specs and not names and not asked:
-        raise UserError("say what to measure: perplexity=['file:text.txt'], tasks=['local_piqa'], or prompts=True")
-    windows = {key: options[key] for key in WINDOWS if key in options}
-    settings = {key: options[key] for key in HARNESS if key in options}
-    if names:
-        task_harness().manager(names, task_data)  # a wrong name is found before the models are loaded
+    wanted = Wanted.read(
+        perplexity=perplexity, tasks=tasks, prompts=prompts, task_data=task_data, batch_size=batch_size, **options
+    )
     place: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    wanted = _Wanted(specs, names, asked, windows, settings, task_data, batch_size)
     opened = open_model(model, tokenizer, **place)
     # opened before anything is measured: a wrong name must not cost an evaluation
     dense = None if baseline is None else open_model(baseline, tokenizer, **place)
+    for _, words in (opened, dense or opened):
+        wanted.check_tokenizer(words)
     found, samples = wanted.of(*opened)
     result = {"model": _name(model), **found}
     if baseline is not None and dense is not None:
@@ -67,18 +61,18 @@ def evaluate(
             "perplexity": {
                 spec: {
                     "ratio": found["perplexity"][spec]["ppl"] / measured["perplexity"][spec]["ppl"],
-                    **agreement(opened[0], dense[0], opened[1], spec, batch_size=batch_size, **windows),
+                    **agreement(opened[0], dense[0], opened[1], spec, batch_size=batch_size, **wanted.windows),
                 }
-                for spec in specs
+                for spec in wanted.specs
             },
-            "tasks": task_harness().compare(samples, dense_samples) if names else {},
+            "tasks": task_harness().compare(samples, dense_samples) if wanted.tasks else {},
         }
     return result
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What is to be measured, of whichever model."""
+class Wanted:
+    """What is to be measured, of whichever model. `read` takes arguments of `evaluate`."""
 
     specs: list[str]
     tasks: list[str]
@@ -87,6 +81,41 @@ class _Wanted:
     settings: dict[str, Any]
     folder: str | Path | None
     batch_size: int | Literal["auto"]
+
+    @classmethod
+    def read(
+        cls,
+        *,
+        perplexity: str | Sequence[str] = (),
+        tasks: str | Sequence[str] = (),
+        prompts: bool | Sequence[str] = False,
+        task_data: str | Path | None = None,
+        batch_size: int | Literal["auto"] = 8,
+        **options: Any,
+    ) -> Wanted:
+        """Raises UserError for all that is wrong with it whatever the model: texts and task files are read, too."""
+        specs, names = _listed(perplexity), _listed(tasks)
+        asked = list(PROMPTS) if prompts is True else [] if prompts is False else list(prompts)
+        unknown = sorted(set(options) - {*WINDOWS, *HARNESS})
+        if unknown:
+            raise UserError(f"unknown option {unknown[0]!r} (known: {', '.join((*WINDOWS, *HARNESS))})")
+        if not specs and not names and not asked:
+            raise UserError("say what to measure: perplexity=['file:text.txt'], tasks=['local_piqa'], or prompts=True")
+        windows = {key: options[key] for key in WINDOWS if key in options}
+        settings = {key: options[key] for key in HARNESS if key in options}
+        check_windows(**windows)
+        _check_settings(**settings)
+        check_batch(batch_size)
+        for spec in specs:
+            read_documents(spec, split="test")
+        if names:
+            task_harness().check(names, task_data)
+        return cls(specs, names, asked, windows, settings, task_data, batch_size)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Whether it has the chat template that is asked for; raises UserError."""
+        if self.tasks and self.settings.get("chat_template") and not tokenizer.chat_template:
+            raise UserError("chat_template is asked for, and the model's tokenizer has none: leave it out")
 
     def of(self, model: PreTrainedModel, tokenizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The result for one model, and lm-eval's samples for the paired tests."""
@@ -104,6 +133,16 @@ class _Wanted:
             rows = zip(self.prompts, written, strict=True)
             result["generation"] = [{"prompt": prompt, "text": text} for prompt, text in rows]
         return result, samples
+
+
+def _check_settings(*, limit: float | None = None, fewshot: int | None = None, seed: int = 0, **_: Any) -> None:
+    """What is wrong with settings of lm-eval for any task and model; raises UserError."""
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and float(limit).is_integer())):
+        raise UserError(f"limit {limit:g} must be a whole number of rows, or a share above 0 and below 1")
+    if fewshot is not None and fewshot < 0:
+        raise UserError(f"fewshot {fewshot} must be at least 0")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} must lie between 0 and {2**32 - 1}")
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import torch
+from lm_eval import evaluator
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.evaluator import simple_evaluate
@@ -23,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from llmprune.eval.perplexity import open_model
-from llmprune.eval.significance import paired
+from llmprune.eval.significance import label, paired
 from llmprune.recipe import nearest
 from llmprune.types import UserError
 
@@ -79,6 +81,13 @@ def manager(names: list[str], folder: str | Path | None = None) -> TaskManager:
     return found
 
 
+def check(tasks: list[str], folder: str | Path | None = None) -> None:
+    """Load tasks with their data, to find what is wrong with them before a model is loaded; raises UserError."""
+    known = manager(tasks, folder)
+    with _quietly(), _data_of(tasks):
+        known.load(tasks)
+
+
 def measure(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -91,37 +100,32 @@ def measure(
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run tasks. Returns a row per task (metrics, standard errors, rows and shots), and lm-eval's samples.
+    """Run tasks. Returns a row per task (metrics, standard errors and protocol), and lm-eval's samples.
 
     Raises UserError for unknown tasks, and for a data set that can be had neither from a folder nor from the Hub.
     """
     known = manager(tasks, folder)
-    # lm-eval prints to stdout, which belongs to our result
-    with contextlib.redirect_stdout(sys.stderr), _quietly():
-        try:
-            found = simple_evaluate(
-                model=PrunedLM(model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(tasks),
-                num_fewshot=fewshot,
-                limit=limit,
-                apply_chat_template=chat_template,
-                fewshot_as_multiturn=chat_template,
-                task_manager=known,
-                bootstrap_iters=BOOTSTRAP,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )
-        except (FileNotFoundError, ConnectionError) as error:
-            raise UserError(
-                f"the data of {', '.join(tasks)} cannot be had: {error}. The tasks local_… read files of yours"
-            ) from error
-    rows = {name: _row(name, values, found) for name, values in found["results"].items()}
+    with _quietly(), _data_of(tasks):
+        found = simple_evaluate(
+            model=PrunedLM(model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=fewshot,
+            limit=limit,
+            apply_chat_template=chat_template,
+            fewshot_as_multiturn=chat_template,
+            task_manager=known,
+            bootstrap_iters=BOOTSTRAP,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    protocol = {"chat_template": chat_template, "seed": seed, "dtype": str(model.dtype).removeprefix("torch.")}
+    rows = {name: {**_row(name, values, found), **protocol} for name, values in found["results"].items()}
     return rows, found["samples"]
 
 
-def _row(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _row(task: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """One task: lm-eval's `acc,none` and `acc_stderr,none` as `acc` and `stderr: {acc}`, and the protocol."""
     metrics: dict[str, Any] = {}
     errors: dict[str, Any] = {}
@@ -129,17 +133,17 @@ def _row(name: str, values: dict[str, Any], found: dict[str, Any]) -> dict[str, 
         metric, comma, filtered = key.partition(",")
         if not comma:
             continue
-        label = metric if filtered == "none" else f"{metric}[{filtered}]"
+        name = label(metric.removesuffix("_stderr"), filtered)
         if metric.endswith("_stderr"):
-            errors[label.replace("_stderr", "", 1)] = value if isinstance(value, float) else None
+            errors[name] = value if isinstance(value, float) else None
         else:
-            metrics[label] = value
+            metrics[name] = value
     return {
         **metrics,
         "stderr": errors,
-        "n": found["n-samples"].get(name, {}).get("effective"),
-        "fewshot": found["n-shot"].get(name),
-        "version": found["versions"].get(name),
+        "n": found["n-samples"].get(task, {}).get("effective"),
+        "fewshot": found["n-shot"].get(task),
+        "version": found["versions"].get(task),
     }
 
 
@@ -149,31 +153,54 @@ def compare(samples: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """While active, lm-eval keeps to this process and says only what went wrong."""
-    logger = logging.getLogger("lm_eval")
-    level, pool = logger.level, os.environ.get(NO_POOL)
-    logger.setLevel(logging.ERROR)
-    os.environ[NO_POOL] = "1"
+def _data_of(tasks: list[str]) -> Iterator[None]:
+    """Turn what is raised where data cannot be had into our error."""
     try:
         yield
+    except (FileNotFoundError, ConnectionError) as error:
+        raise UserError(
+            f"the data of {', '.join(tasks)} cannot be had: {error}. The tasks local_… read files of yours"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """While active, lm-eval keeps to this process, and says only what went wrong, on stderr: stdout is our result's."""
+    logger = logging.getLogger("lm_eval")
+    level, pool, commit = logger.level, os.environ.get(NO_POOL), evaluator.get_git_commit_hash
+    logger.setLevel(logging.ERROR)
+    os.environ[NO_POOL] = "1"
+    # it asks git, which complains outside a repository
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
+        evaluator.get_git_commit_hash = commit
         logger.setLevel(level)
         if pool is None:
             del os.environ[NO_POOL]
 
 
+class _WithOurs(TaskManager):  # type: ignore[misc]
+    """lm-eval's task manager with the local tasks, beside those of the user's own `include_path`, which win."""
+
+    def __init__(self, *, include_path: Any = None, **options: Any) -> None:
+        theirs = include_path if isinstance(include_path, list | tuple) else [include_path] if include_path else []
+        super().__init__(include_path=[TASKS, *theirs], **options)
+
+
 def main() -> None:
     """lm-eval's command line with the model `llmprune` and the local tasks in it."""
-    arguments = sys.argv[1:]
-    if "--include_path" not in arguments:
-        # not after `ls tasks`: an option of its parent command would not be understood there
-        sys.argv += ["--include_path", str(TASKS)]
+    # its commands take the class from there when they run
+    lm_eval.tasks.TaskManager = _WithOurs
     try:
         cli_evaluate()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        lm_eval.tasks.TaskManager = TaskManager
 
 
 if __name__ == "__main__":

@@ -97,6 +97,19 @@ class Windows:
         }
 
 
+def check_windows(
+    *, seqlen: int | str = 2048, stride: int | None = None, max_windows: int | None = None, bos: str = "window"
+) -> None:
+    """What is wrong with the arguments of `cut` for any model; raises UserError."""
+    if bos not in ("window", "text", "never"):
+        raise UserError(f"bos {bos!r} is not one of window, text, never")
+    if not isinstance(seqlen, int) and seqlen != "max":
+        raise UserError(f"seqlen {seqlen!r} must be a number of tokens, or max")
+    for name, value, least in (("seqlen", seqlen, 2), ("stride", stride, 1), ("max_windows", max_windows, 1)):
+        if isinstance(value, int) and value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+
+
 def cut(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -113,12 +126,7 @@ def cut(
     if the tokenizer adds BOS, begin each window with it, or the text alone (as the code of the SparseGPT and
     Wanda papers does), or nothing. Raises UserError.
     """
-    if bos not in ("window", "text", "never"):
-        raise UserError(f"bos {bos!r} is not one of window, text, never")
-    if seqlen != "max" and seqlen < 2:
-        raise UserError(f"seqlen {seqlen} must be at least 2")
-    if max_windows is not None and max_windows < 1:
-        raise UserError(f"max_windows {max_windows} must be at least 1")
+    check_windows(seqlen=seqlen, stride=stride, max_windows=max_windows, bos=bos)
     length = longest(model.config) if seqlen == "max" else min(seqlen, longest(model.config))
     step = length if stride is None else stride
     if not 0 < step <= length:
@@ -148,13 +156,18 @@ def fitting(models: Sequence[PreTrainedModel], windows: Windows, asked: int | Li
     "auto": as many, up to `MOST_WINDOWS`, as have room for their logits in half of the free memory. A window's logits
     are there three times, in float32: as they are made, converted, and as log probabilities.
     """
+    check_batch(asked)
     if asked == "auto":
         device = models[0].device
         words: int = max(one.get_output_embeddings().weight.shape[0] for one in models)
         return max(1, min(MOST_WINDOWS, unused(device) // 2 // (len(models) * 3 * 4 * windows.ids_WT.shape[1] * words)))
-    if asked < 1:
-        raise UserError(f"batch_size {asked} must be at least 1, or auto")
     return asked
+
+
+def check_batch(asked: int | Literal["auto"]) -> None:
+    """Whether it is a batch size; raises UserError."""
+    if asked != "auto" and asked < 1:
+        raise UserError(f"batch_size {asked} must be at least 1, or auto")
 
 
 def measure(

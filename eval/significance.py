@@ -12,26 +12,40 @@ from llmprune.types import UserError
 
 
 def paired(samples: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> dict[str, Any]:
-    """Compare lm-eval's samples of one task from two models, metric by metric.
+    """Compare lm-eval's samples of one task from two models, by metric and filter (see `label`).
 
+    `of` says what was compared in the place of a metric that no single row has.
     Raises UserError if the rows are not the same.
     """
-    ours, theirs = _by_row(samples), _by_row(baseline)
-    if ours.keys() != theirs.keys():
+    ours, theirs = _by_filter(samples), _by_filter(baseline)
+    if {name: rows.keys() for name, rows in ours.items()} != {name: rows.keys() for name, rows in theirs.items()}:
         raise UserError("the two models were measured on different rows; measure both in one call")
     found = {}
-    for metric in samples[0]["metrics"]:
-        pairs: list[tuple[Any, Any]] = [(ours[key].get(metric), theirs[key].get(metric)) for key in ours]
-        # metrics over several values a row (word perplexity) have no difference row by row
-        if all(isinstance(one, int | float) for pair in pairs for one in pair):
-            # lm-eval's perplexity is the mean log likelihood only at the very end
-            label = "log_likelihood" if metric == "perplexity" else metric
-            found[label] = difference([float(one) for one, _ in pairs], [float(one) for _, one in pairs])
+    for name, rows in ours.items():
+        for metric in next(iter(rows.values()))["metrics"]:
+            pairs: list[tuple[Any, Any]] = [
+                (row.get(metric), theirs[name][key].get(metric)) for key, row in rows.items()
+            ]
+            # metrics over several values a row (word perplexity) have no difference row by row
+            if all(isinstance(one, int | float) for pair in pairs for one in pair):
+                test = difference([float(one) for one, _ in pairs], [float(one) for _, one in pairs])
+                # lm-eval's perplexity is the exponential of a mean only at the very end
+                of = {"of": "log likelihood"} if metric == "perplexity" else {}
+                found[label(metric, name)] = test | of
     return found
 
 
-def _by_row(samples: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {(row["doc_id"], row["filter"], row["doc_hash"]): row for row in samples}
+def label(metric: str, filtered: str) -> str:
+    """A metric of the answers that a filter of lm-eval gave, by the name that results and comparisons have for it."""
+    return metric if filtered == "none" else f"{metric}[{filtered}]"
+
+
+def _by_filter(samples: list[dict[str, Any]]) -> dict[str, dict[tuple[Any, ...], dict[str, Any]]]:
+    """Rows by their document, apart for each filter: it answers every document once more."""
+    found: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
+    for row in samples:
+        found.setdefault(row["filter"], {})[row["doc_id"], row["doc_hash"]] = row
+    return found
 
 
 def difference(values: list[float], baseline: list[float]) -> dict[str, Any]:

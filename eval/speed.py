@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from llmprune.calibration import longest
+from llmprune.checkpoint.skeleton import load_config
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.perplexity import open_model
+from llmprune.kernels.linear24 import Packed24, SparseLinear24
 from llmprune.memory import PeakMemory, current
 from llmprune.types import UserError
+
+# How often each model is loaded after the first time, which warms up; the last of them is measured further.
+LOADS = 3
 
 
 def bench(
@@ -35,30 +41,35 @@ def bench(
     """Time `models` (label → folder or Hub id) in turns: round by round, one after the other.
 
     Prefill is the time to the first token of a random prompt of `prompt` tokens; decoding that of `new` greedy
-    tokens after it, per token (of the whole batch). The first round warms up and is not counted. Figures are
-    medians in seconds with the quartiles. `sparse`: all but the model called "dense" run their N:M layers on
-    the sparse kernels. Raises UserError.
+    tokens after it, per token (of the whole batch). Loading takes turns too, `LOADS` times. The first round warms up
+    and is not counted. Figures are medians in seconds with the quartiles. `sparse`: all but the model called "dense"
+    run their N:M layers on the sparse kernels; parameters, zeros and operations are those of the matrices that the
+    packed ones stand for, bytes are those in memory. Raises UserError.
     """
     limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
     for name, (value, least) in limits.items():
         if value < least:
             raise UserError(f"{name} {value} must be at least {least}")
+    for which in models.values():
+        room = longest(load_config(str(resolve(str(which))), trust_remote_code=trust_remote_code))
+        if prompt + new > room:
+            raise UserError(f"prompt {prompt} + new {new} is more than the {room} tokens of {which}")
+    times: dict[str, dict[str, list[float]]] = {label: {"load": [], "prefill": [], "decode": []} for label in models}
+    place: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     opened: dict[str, PreTrainedModel] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for label, which in models.items():
-        started = time.perf_counter()
-        opened[label], _ = open_model(
-            which, _Unused(), dtype=dtype, device=device, trust_remote_code=trust_remote_code,
-            sparse=sparse and label != "dense",
-        )  # fmt: skip
-        rows[label] = {"model": str(which), "load_s": time.perf_counter() - started, **_size(str(which), opened[label])}
-        if prompt + new > longest(opened[label].config):
-            raise UserError(
-                f"prompt {prompt} + new {new} is more than the {longest(opened[label].config)} tokens of {which}"
-            )
+    for number in range(LOADS + 1):
+        for label, which in models.items():
+            # never twice in memory
+            opened.pop(label, None)
+            gc.collect()
+            opened[label], seconds = _load(which, sparse=sparse and label != "dense", **place)
+            if number > 0:
+                times[label]["load"].append(seconds)
+    rows: dict[str, dict[str, Any]] = {
+        label: {"model": str(which), **_size(str(which), opened[label])} for label, which in models.items()
+    }
     smallest = min(one.get_input_embeddings().weight.shape[0] for one in opened.values())
     ids_BT = torch.randint(smallest, (batch_size, prompt), generator=torch.Generator().manual_seed(seed))
-    times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
     for number in range(rounds + 1):
         for label, model in opened.items():
             place = ids_BT.to(model.device)
@@ -70,13 +81,16 @@ def bench(
             times[label]["prefill"].append(first)
             times[label]["decode"].append((whole - first) / (new - 1))
     for label, row in rows.items():
+        row["load"] = _spread(times[label]["load"])
         for what, tokens in (("prefill", batch_size * prompt), ("decode", batch_size)):
-            row[what] = _spread(times[label][what], tokens)
+            spread = _spread(times[label][what])
+            row[what] = {**spread, "tokens_per_s": tokens / spread["median_s"]}
     one = next(iter(opened.values()))
     return {
         "models": rows,
         "protocol": {
-            "prompt": prompt, "new": new, "batch_size": batch_size, "rounds": rounds, "seed": seed, "sparse": sparse,
+            "prompt": prompt, "new": new, "batch_size": batch_size, "rounds": rounds, "loads": LOADS, "seed": seed,
+            "sparse": sparse,
             "device": _device_name(one.device), "dtype": str(one.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
@@ -87,16 +101,37 @@ class _Unused:
     """In the place of a tokenizer, which no timing needs."""
 
 
+def _load(which: str | Path, **options: Any) -> tuple[PreTrainedModel, float]:
+    """A model, ready to run, and the seconds that took."""
+    started = time.perf_counter()
+    model, _ = open_model(which, _Unused(), **options)
+    _wait(model.device)
+    return model, time.perf_counter() - started
+
+
 def _size(which: str, model: PreTrainedModel) -> dict[str, Any]:
     checkpoint = Checkpoint(resolve(which))
-    tied = model.all_tied_weights_keys
-    weights = [one for name, one in model.named_parameters() if name not in tied]
+    counts = [(one.numel(), int((one == 0).sum())) for one in _weights(model)]
     return {
         "file_bytes": sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files),
-        "params": sum(one.numel() for one in weights),
-        "zeros": sum(int((one == 0).sum()) for one in weights),
-        "weight_bytes": sum(one.numel() * one.element_size() for one in weights),
+        "params": sum(count for count, _ in counts),
+        "zeros": sum(zeros for _, zeros in counts),
+        "weight_bytes": sum(one.numel() * one.element_size() for one in _held(model)),
     }
+
+
+def _weights(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """Every weight once; packed layers unpack theirs, one at a time."""
+    yield from model.parameters()
+    yield from (one.weight for one in model.modules() if isinstance(one, SparseLinear24))
+
+
+def _held(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """What weights take in memory: parameters, and the buffers of packed matrices."""
+    yield from model.parameters()
+    for module in model.modules():
+        if isinstance(module, Packed24):
+            yield from module.buffers()
 
 
 @torch.no_grad()
@@ -110,9 +145,14 @@ def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> None:
 @torch.no_grad()
 def _flops(model: PreTrainedModel, ids_BT: torch.Tensor) -> int:
     """Floating point operations of the matrix products of a prefill, zeros counted like any weight."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.llmprune.matmul24: _flops24}) as counter:
         model(input_ids=ids_BT, use_cache=False)
     return int(counter.get_total_flops())
+
+
+def _flops24(x_TI: torch.Size, values_OV: torch.Size, *_: Any, **__: Any) -> int:
+    """A product with a packed matrix, by the shapes of its factors: that with the dense matrix it stands for."""
+    return 2 * x_TI.numel() * values_OV[0]
 
 
 def _clock(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> float:
@@ -143,10 +183,10 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _spread(values: list[float], tokens: int) -> dict[str, float]:
-    """Median and quartiles in seconds, and the rate of `tokens` in the median time."""
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles in seconds."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median_s": middle, "q1_s": low, "q3_s": high, "tokens_per_s": tokens / middle}
+    return {"median_s": middle, "q1_s": low, "q3_s": high}
 
 
 def _device_name(device: torch.device) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llmprune import ranks
 from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
@@ -157,19 +157,26 @@ def inspect(folder: Model, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List every method: what it needs and what it can do."""
-    from llmprune.methods import describe
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Only this one, with its options.")] = None, as_json: AsJson = False
+) -> None:
+    """List every method: what it needs and what it can do; of NAME the options, too."""
+    from llmprune.methods import describe, method_class
 
     rows = describe()
+    if name is not None:
+        method_class(name)  # refuses what is no method
+        rows = [row for row in rows if row["name"] == name]
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table("name", "kind", "needs", "patterns", "output", "paper")
+    table = Table(Column("name", no_wrap=True), "kind", "needs", "patterns", "output", "paper")
     for row in rows:
         needs, patterns = ", ".join(row["needs"]) or "no data", ", ".join(row["patterns"])
         table.add_row(row["name"], row["kind"], needs, patterns, row["output"], row["paper"])
     Console().print(table)
+    for option, default in rows[0]["options"].items() if name is not None else ():
+        print(f"--set {option}={json.dumps(default)}")
 
 
 @app.command()

@@ -44,6 +44,9 @@ def in_words(decision: Decision, plan: Plan) -> str:
     if surgery.experts:
         stay = {len(one) for one in surgery.experts.values()}
         parts.append(f"{', '.join(map(str, stay))} experts stay in each of {len(surgery.experts)} layers")
+    for half in sorted({half for halves in surgery.silent.values() for half in halves}):
+        layers = [str(index) for index, halves in surgery.silent.items() if half in halves]
+        parts.append(f"{half} of layers {', '.join(layers)} puts out nothing")
     if surgery.replaced:
         parts.append(f"{len(surgery.replaced)} parameters change")
     return "; ".join(parts) or "nothing changes"

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from llmprune import calibration, hub, stages
 from llmprune.checkpoint.output import REPORT_NAME, record, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
-from llmprune.eval.evaluate import evaluate, task_harness
+from llmprune.eval.evaluate import Wanted, evaluate
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, Strict, merge_settings, read_recipe, validate, validated
 from llmprune.recovery.recipe import load_recovery
@@ -209,12 +209,11 @@ def _check(workflow: Workflow) -> None:
     if not workflow.prune.model:
         raise UserError("the section prune: needs a model")
     if workflow.recover is not None:
-        load_recovery(None, dict(workflow.recover))
+        calibration.read_rows(load_recovery(None, dict(workflow.recover)).data.source)
     if workflow.eval is not None:
-        for spec in workflow.eval.perplexity:
-            calibration.read_documents(spec, split="test")
-        if workflow.eval.tasks:
-            task_harness().manager(workflow.eval.tasks, workflow.eval.task_data)
+        wanted = Wanted.read(**workflow.eval.model_dump(exclude={"device", "dtype"}))
+        dense = resolve(workflow.prune.model)
+        wanted.check_tokenizer(calibration.load_tokenizer(dense, workflow.prune.trust_remote_code))
 
 
 def _found(folder: Path, base: Recipe) -> Recipe:

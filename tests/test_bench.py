@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import llmprune
 from llmprune import UserError
 from llmprune.eval import speed
+from llmprune.report.page import read_run
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 
@@ -48,8 +50,44 @@ def test_counts(half: Path) -> None:
     for row in (dense, pruned):
         for what in ("prefill", "decode"):
             assert row[what]["q1_s"] <= row[what]["median_s"] <= row[what]["q3_s"]
-        assert row["load_s"] > 0 and row["memory"]["beyond_weights_bytes"] >= 0
+        assert row["load"]["median_s"] > 0 and row["memory"]["beyond_weights_bytes"] >= 0
     assert found["protocol"]["rounds"] == 2 and found["protocol"]["prompt"] == 4
+
+
+def test_packed_weights_count_as_what_they_stand_for(tmp_path: Path) -> None:
+    llmprune.prune(DEMO, out=tmp_path / "nm", method="magnitude", pattern="2:4")
+    plain, packed = (
+        speed.bench({"pruned": tmp_path / "nm"}, prompt=4, new=2, rounds=2, sparse=sparse)["models"]["pruned"]
+        for sparse in (False, True)
+    )
+    for what in ("params", "zeros", "prefill_flops", "file_bytes"):
+        assert packed[what] == plain[what], what
+    report = read_run(tmp_path / "nm")
+    assert (plain["params"], plain["zeros"]) == (report["totals"]["params_after"], report["totals"]["zeros"])
+    # of a float32 matrix half of the values go, and a byte of metadata comes for eight inputs
+    shapes = [row["shape"] for row in report["tensors"]]
+    saved = sum(outputs * (inputs * 4 // 2 - math.ceil(inputs / 8)) for outputs, inputs in shapes)
+    assert plain["weight_bytes"] - packed["weight_bytes"] == saved
+
+
+def test_loads_in_turns_after_a_warm_up(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = [0.0], []
+    opened = speed.open_model
+
+    def slow_at_first(which: Path, *rest: Any, **options: Any) -> Any:
+        order.append(which.name)
+        clock[0] += 100 if len(order) == 1 else len(order)
+        return opened(which, *rest, **options)
+
+    monkeypatch.setattr(speed, "open_model", slow_at_first)
+    dense = tiny.save("llama", half.parent / "dense")
+    with monkeypatch.context() as patched:
+        patched.setattr(speed.time, "perf_counter", lambda: clock[0])
+        # nothing but loading moves this clock
+        patched.setattr(speed, "_clock", lambda model, ids, new: float(new))
+        found = speed.bench({"dense": dense, "pruned": half}, prompt=4, new=3, rounds=2)["models"]
+    assert order == ["dense", "half"] * (speed.LOADS + 1)
+    assert [found[one]["load"]["median_s"] for one in ("dense", "pruned")] == [5, 6]
 
 
 def test_takes_turns_and_decodes_what_was_asked(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import llmprune
+from llmprune.methods import describe
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 QUICK = ("--samples", 2, "--seqlen", 32, "--quiet")
@@ -655,6 +656,17 @@ def test_json_is_all_there_is_on_stdout(work: Path) -> None:
         ran = cli(*arguments)
         assert ran.code == 0, ran.err
         json.loads(ran.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_methods_by_their_whole_names_and_options() -> None:
+    listed = cli("methods").out
+    for row in describe():
+        assert f" {row['name']} " in listed
+    ran = cli("methods", "sparsegpt")
+    (row,) = (row for row in describe() if row["name"] == "sparsegpt")
+    options = {f"--set {key}={json.dumps(value)}" for key, value in row["options"].items()}
+    assert ran.code == 0 and options == {line for line in ran.out.splitlines() if line.startswith("--set")} != set()
+    _is_refusal(cli("methods", "sparsegtp"), ("did you mean 'sparsegpt'?",))
 
 
 def test_a_process_that_fails(work: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from llmprune.eval import harness
+from llmprune.eval import evaluate, harness
 from llmprune.eval.significance import difference
 from llmprune.kernels.linear24 import SparseLinear24
+from llmprune.report import words
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 OWN = Path(lm_eval.__file__).parent / "tasks"
@@ -136,6 +138,7 @@ def test_eval_of_tasks_beside_a_baseline(piqa: Path) -> None:
     assert json.loads((piqa / "out.json").read_text()) == result
     row = result["tasks"]["local_piqa"]
     assert row["n"] == 4 and row["fewshot"] == 0 and 0 <= row["acc"] <= 1
+    assert (row["chat_template"], row["seed"], row["dtype"]) == (False, 0, "float32")
     assert row["stderr"]["acc"] == pytest.approx(math.sqrt(row["acc"] * (1 - row["acc"]) / 3), abs=1e-9)
     assert result["baseline"]["tasks"] == result["tasks"]
     assert result["comparison"]["tasks"]["local_piqa"]["acc"]["p"] == 1
@@ -161,10 +164,64 @@ def test_wrong_tasks_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--tasks", "local_pika"], "unknown task 'local_pika'; did you mean 'local_piqa'?"),
         (["--tasks", "local_piqa"], "pass --task-data FOLDER"),
         (["--tasks", "local_piqa", "--task-data", tmp_path], "there is no piqa_valid.jsonl"),
+        (["--record"], "say what to measure: --perplexity"),
         (["--record", "--perplexity", "demo"], "only a model that llmprune made"),
     ):
         ran = cli("eval", DEMO, *arguments)
         assert ran.code == 2 and ran.out == "" and says in ran.err, ran.err
+
+
+def test_wrong_settings_are_found_before_anything_is_loaded(piqa: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_model(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(evaluate, "open_model", no_model)
+    for arguments, says in (
+        (["--limit", 0], "limit 0 must be"),
+        (["--limit", -3], "limit -3 must be"),
+        (["--limit", 2.5], "limit 2.5 must be"),
+        (["--seed", -5], "seed -5 must lie"),
+        (["--fewshot", -1], "fewshot -1 must be at least 0"),
+        (["--batch-size", 0], "batch_size 0 must be at least 1"),
+        (["--perplexity", "file:no-such.txt"], "no-such.txt"),
+        (["--perplexity", "demo", "--seqlen", 1], "seqlen 1 must be at least 2"),
+    ):
+        ran = cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, *arguments)
+        assert ran.code == 2 and ran.out == "" and says in ran.err, ran.err
+
+
+def test_no_chat_template(piqa: Path) -> None:
+    ran = cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, "--chat-template")
+    assert ran.code == 2 and "the model's tokenizer has none" in ran.err
+
+
+@pytest.mark.parametrize("form", ["--include_path {}", "--include_path={}"])
+def test_tasks_of_the_users_beside_ours(
+    form: str, piqa: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (piqa / "mine").mkdir()
+    (piqa / "mine" / "mine.yaml").write_text(f"include: {harness.TASKS / 'local_piqa.yaml'}\ntask: mine\n")
+    options = [
+        "--model",
+        "llmprune",
+        "--model_args",
+        f"pretrained={DEMO}",
+        "--tasks",
+        "mine,local_piqa",
+        "--limit",
+        "2",
+    ]
+    options += ["--metadata", json.dumps({"folder": str(piqa)}), "--batch_size", "2"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *options, *form.format(piqa / "mine").split(" ")])
+    harness.main()
+    said = capsys.readouterr().out
+    assert "|mine " in said and "|local_piqa" in said
+
+
+def test_says_nothing_of_git(piqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("eval", DEMO, "--tasks", "local_piqa", "--task-data", piqa, "--limit", 1).code == 0
+    assert "git" not in capfd.readouterr().err
 
 
 def test_limit_keeps_paradigms_balanced(tmp_path: Path) -> None:
@@ -220,6 +277,66 @@ def test_differences_without_spread() -> None:
     assert difference([0.5, 0.5], [0.5, 0.5])["p"] == 1
     assert difference([0.5], [0.7])["p"] is None
     assert difference([1.5, 2.5], [0.5, 1.5])["p"] is None
+
+
+def test_records_of_several_calls_are_joined(piqa: Path, tmp_path: Path) -> None:
+    model = tmp_path / "half"
+    llmprune.prune(DEMO, out=model, method="magnitude", sparsity=0.3)
+    text = ["--perplexity", "demo", "--seqlen", 32, "--max-windows", 2]
+
+    def record(*options: object) -> tuple[dict[str, Any], str]:
+        ran = cli("eval", model, *options, "--record", "--json")
+        assert ran.code == 0, ran.err
+        return json.loads((model / "llmprune.json").read_text())["evaluation"], ran.err
+
+    first, _ = record(*text, "--baseline", DEMO)
+    both, _ = record("--tasks", "local_piqa", "--task-data", piqa, "--prompt", "Once", "--baseline", DEMO)
+    for one, other in ((both, first), (both["baseline"], first["baseline"]), (both["comparison"], first["comparison"])):
+        assert one["perplexity"] == other["perplexity"] and one["tasks"].keys() == {"local_piqa"}
+    # the dense model's figure for a text goes with the pruned one's
+    alone, _ = record("--perplexity", "demo", "--seqlen", 16, "--max-windows", 2)
+    assert alone["perplexity"]["demo"]["seqlen"] == 16
+    assert alone["baseline"]["perplexity"] == alone["comparison"]["perplexity"] == {}
+    for part in ("tasks", "generation"):
+        assert alone[part] == both[part] and alone["baseline"][part] == both["baseline"][part]
+    shutil.copytree(DEMO, tmp_path / "other")
+    beside, said = record(*text, "--baseline", tmp_path / "other")
+    assert f"beside the baseline {DEMO} is dropped" in said
+    assert beside["baseline"]["model"] == str(tmp_path / "other") and beside["baseline"]["tasks"] == {}
+    assert beside["tasks"] == both["tasks"] and beside["comparison"]["tasks"] == {}
+
+
+def test_filters_are_tested_apart() -> None:
+    """gsm8k answers every row twice, once for each filter: the rows of the one are no evidence about the other."""
+
+    def samples(strict: str, flexible: str) -> list[dict[str, Any]]:
+        return [
+            {"doc_id": n, "filter": name, "doc_hash": str(n), "metrics": ["exact_match"], "exact_match": float(right)}
+            for name, answers in (("strict-match", strict), ("flexible-extract", flexible))
+            for n, right in enumerate(answers)
+        ]
+
+    found = harness.compare({"gsm8k": samples("000000", "111011")}, {"gsm8k": samples("111111", "111111")})["gsm8k"]
+    assert found.keys() == {"exact_match[strict-match]", "exact_match[flexible-extract]"}
+    strict, flexible = found["exact_match[strict-match]"], found["exact_match[flexible-extract]"]
+    assert (strict["n"], strict["delta"], strict["p"]) == (6, -1, pytest.approx(2 / 2**6))
+    assert (flexible["n"], flexible["worse"], flexible["p"]) == (6, 1, 1)
+    ours = {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.1}
+    row = harness._row("gsm8k", ours, {"n-samples": {}, "n-shot": {}, "versions": {}})
+    assert row["exact_match[strict-match]"] == 0 and row["stderr"] == {"exact_match[strict-match]": 0.1}
+
+
+def test_perplexity_is_compared_by_its_log_likelihood() -> None:
+    rows = [
+        [
+            {"doc_id": n, "filter": "none", "doc_hash": "", "metrics": ["perplexity"], "perplexity": value + n}
+            for n in (0, 1)
+        ]
+        for value in (-3.0, -2.5)
+    ]
+    test = harness.compare({"x": rows[0]}, {"x": rows[1]})["x"]["perplexity"]
+    assert test["of"] == "log likelihood" and test["delta"] == -0.5
+    assert words.difference(test) == "-0.5 ± 0 (log likelihood)"
 
 
 def test_other_rows_are_refused() -> None:

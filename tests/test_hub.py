@@ -24,16 +24,20 @@ from llmprune.kernels.linear24 import SparseLinear24
 from llmprune.report.card import BEGIN, END, model_card
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
+TEXT = "file:/home/someone/secret/text.txt"
+WINDOWS = {
+    "tokens": 1000, "windows": 2, "seqlen": 512, "stride": 512, "bos": True, "bos_at": "window", "dtype": "float32",
+}  # fmt: skip
+PROMPTS = {"n": 100, "fewshot": 0, "chat_template": False, "seed": 0, "dtype": "float32"}
 EVALUATION = {
     "perplexity": {
-        "file:/home/someone/secret/text.txt": {
-            "ppl": 12.345, "tokens": 1000, "windows": 2, "seqlen": 512, "stride": 512, "dtype": "float32"},
+        TEXT: {"ppl": 12.345, **WINDOWS},
     },
-    "tasks": {"piqa": {"acc": 0.6, "acc_norm": 0.62, "stderr": {"acc": 0.01, "acc_norm": None}, "n": 100, "fewshot": 0}},
+    "tasks": {"piqa": {"acc": 0.6, "acc_norm": 0.62, "stderr": {"acc": 0.01, "acc_norm": None}, **PROMPTS}},
     "baseline": {
         "model": "/home/someone/dense",
-        "perplexity": {"file:/home/someone/secret/text.txt": {"ppl": 11.5}},
-        "tasks": {"piqa": {"acc": 0.65, "acc_norm": 0.66, "stderr": {"acc": 0.01, "acc_norm": None}}},
+        "perplexity": {TEXT: {"ppl": 11.5, **WINDOWS}},
+        "tasks": {"piqa": {"acc": 0.65, "acc_norm": 0.66, "stderr": {"acc": 0.01, "acc_norm": None}, **PROMPTS}},
     },
 }  # fmt: skip
 
@@ -178,8 +182,10 @@ def test_card_metadata(run: Path) -> None:
     values = {(one.dataset_name, one.metric_type): one.metric_value for one in again.data.eval_results}
     assert values == {("file:text.txt", "perplexity"): 12.345, ("piqa", "acc"): 0.6, ("piqa", "acc_norm"): 0.62}
     text = str(card)
-    assert "| perplexity, file:text.txt | 12.345 | 11.500 | 1,000 tokens, windows of 512" in text
-    assert "| acc, piqa | 0.6000 ± 0.0100 | 0.6500 | lm-eval, 0-shot, 100 rows |" in text
+    assert (
+        "| perplexity, file:text.txt | 12.345 | 11.500 | 1,000 tokens, 2 windows of 512, BOS in each, float32 |" in text
+    )
+    assert "| acc, piqa | 0.6000 ± 0.0100 | 0.6500 | lm-eval, 0-shot, 100 rows, float32 |" in text
     assert "/home/someone" not in text
 
 

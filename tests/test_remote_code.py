@@ -6,7 +6,9 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmprune
 from llmprune.calibration import load_tokenizer
 from llmprune.checkpoint.remote import FILE, trusted
+from llmprune.checkpoint.surgery import Surgery
+from llmprune.methods.structural import Decision
+from llmprune.removal import in_words
 from llmprune.types import UserError
 
 TEXT = [row.tolist() for row in tiny.tokens(6, 20, seed=3)]
@@ -65,6 +70,12 @@ def test_halves_left_out_are_halves_filled_with_zeros(name: str, half: str, tmp_
     assert totals["params_after"] == count(small) <= totals["params_before"] - saved
     assert (result.report["layout"], zeros.report["layout"]) == ("remote-code", "plain")
     assert zeros.report["totals"]["params_after"] == zeros.report["totals"]["params_before"]
+
+
+def test_halves_in_words() -> None:
+    surgery = replace(Surgery.drop(4, [0]), silent={1: ("mlp",), 3: ("mlp",)})
+    plan: Any = SimpleNamespace(units=range(4))
+    assert in_words(Decision(surgery), plan) == "layers 0 of 4 go; mlp of layers 1, 3 puts out nothing"
 
 
 def test_it_loads_in_a_fresh_process_without_llmprune(tmp_path: Path) -> None:

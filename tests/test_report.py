@@ -16,7 +16,7 @@ from runner import cli
 import llmprune
 from llmprune import UserError
 from llmprune.report import words
-from llmprune.report.page import read_run, write_figures, write_page
+from llmprune.report.page import read_run, run_points, write_figures, write_page
 from llmprune.report.searched import calibrated
 from llmprune.report.tables import summary, table
 
@@ -142,11 +142,36 @@ def test_texts_that_flatter(training: str, evaluation: str, same: bool) -> None:
 def test_tables(folders: list[Path]) -> None:
     heads, rows = summary([read_run(folder) for folder in folders])
     assert [row[0] for row in rows] == ["dense model", "half", "nm"]
-    assert heads[-1] == "perplexity, demo" and len({len(row) for row in [heads, *rows]}) == 1
+    assert (
+        heads[-1] == "perplexity, demo (4 windows of 64, BOS in each)"
+        and len({len(row) for row in [heads, *rows]}) == 1
+    )
     assert list(csv.reader(table(heads, rows, "csv").splitlines())) == [heads, *rows]
     assert table(["a", "b"], [["1|2", "3"]], "md") == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |\n"
     assert r"50\% & a\_b \\" in table(["x", "y"], [["50%", "a_b"]], "tex")
     assert r"2\textasciicircum{}3 & \textasciitilde{}/a \\" in table(["x", "y"], [["2^3", "~/a"]], "tex")
+
+
+def test_other_protocols_stand_apart(folders: list[Path]) -> None:
+    runs = [read_run(folders[0]) for _ in range(4)]
+    for run, changes in zip(runs, ({}, {"seqlen": 32, "stride": 32}, {"bos_at": "text"}, {"windows": 3}), strict=True):
+        for measured in (run["evaluation"], run["evaluation"]["baseline"]):
+            measured["perplexity"]["demo"].update(changes)
+    heads, rows = summary(runs)
+    assert heads[5:] == [
+        f"perplexity, demo ({one})"
+        for one in (
+            "4 windows of 64, BOS in each", "4 windows of 32, BOS in each", "4 windows of 64, BOS before the text",
+            "3 windows of 64, BOS in each",
+        )
+    ]  # fmt: skip
+    assert all(row[5:].count("–") == 3 for row in rows) and run_points(runs) == []
+    assert len(run_points(runs[:1] * 2)) == 2
+    row = {"acc": 0.5, "stderr": {"acc": None}, "n": 9, "fewshot": 5, "seed": 3, "chat_template": True}
+    runs[0]["evaluation"]["tasks"] = {"arc": row}
+    runs[1]["evaluation"]["tasks"] = {"arc": {**row, "fewshot": 0, "chat_template": False}}
+    heads, _ = summary(runs[:2])
+    assert heads[7:] == ["arc, acc (5-shot, 9 rows, chat template, seed 3)", "arc, acc (0-shot, 9 rows)"]
 
 
 def test_figures_for_papers(folders: list[Path], tmp_path: Path) -> None:
@@ -175,6 +200,10 @@ def test_refusals(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run of llmprune"):
         read_run(DEMO)
     assert cli("report", folders[0], "--out", tmp_path).code == 2
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        ran = cli("report", folders[0], "--out", tmp_path / "x.html", "--figures", place)
+        assert ran.code == 2 and "must be a folder" in ran.err
     ran = cli("report", folders[0], folders[0], "--out", tmp_path / "x.html")
     assert ran.code == 2 and "different names" in ran.err
     assert not (tmp_path / "x.html").exists()

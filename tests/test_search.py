@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import llmprune
 from llmprune import UserError
 from llmprune.report.front import front
-from llmprune.report.searched import scan_table, sweep_table
+from llmprune.report.searched import read_search, scan_table, sweep_table
 from llmprune.searching.bisection import bisect, climb
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -56,6 +56,20 @@ def test_a_sweep_is_prune_and_eval_by_hand(tmp_path: Path) -> None:
     assert found["dense"]["ppl"] == measured(DEMO)
     heads, rows = sweep_table(found)
     assert heads[3:] == ["non-zero parameters", "parameters", "prefill time", "decoding time"] and len(rows) == 4
+
+
+def test_a_budget_beside_a_timed_sweep(tmp_path: Path) -> None:
+    """Whole runs of the budget have no times; those of the sweep keep theirs."""
+    ran = cli(
+        "search", DEMO, "--out", tmp_path / "s", "--methods", "magnitude", "--amounts", "0.2,0.4", "--sweep", "--latency",
+        "--budget", "ppl<=1.3x", "--set", "search.levels=[0.2,0.3]", "--set", "search.prompt=4", "--set", "search.new=2",
+        "--samples", 4, "--seqlen", 32, "--perplexity", "demo", "--max-windows", 3, "--quiet",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    heads, rows = sweep_table(read_search(tmp_path / "s"))
+    assert heads[-2:] == ["prefill time", "decoding time"]
+    timed = {row[0]: row[-1] != "–" for row in rows}
+    assert timed == {"dense": True, "magnitude 0.2": True, "magnitude 0.4": True, "magnitude 0.3": False}
 
 
 def test_a_sweep_and_a_budget_of_a_width_method(tmp_path: Path) -> None:
@@ -106,6 +120,14 @@ def test_a_scan_prunes_one_layer_alone(layout: str, tmp_path: Path) -> None:
     assert len(found["scan"]) == 2 * len(layers) and len(scan_table(found)[1]) == len(layers)
     # what is only needed for the way is gone
     assert {one.name for one in (tmp_path / "s").iterdir()} == {"points", "search.json"}
+
+
+def test_what_lies_in_the_folder_stays(tmp_path: Path) -> None:
+    own = tmp_path / "s" / "levels" / "of water.csv"
+    own.parent.mkdir(parents=True)
+    own.write_text("1, 2")
+    llmprune.search(DEMO, out=tmp_path / "s", methods="magnitude", amounts="0.5", scan=True, **RUNS, **TEXT)
+    assert [one.name for one in own.parent.iterdir()] == [own.name] and own.read_text() == "1, 2"
 
 
 def test_a_scan_leaves_each_layer_out(tmp_path: Path) -> None:
@@ -216,6 +238,7 @@ def test_a_recipe_says_the_same(tmp_path: Path) -> None:
         ({"methods": "wandda"}, "did you mean 'wanda'"),
         ({"methods": "auto", "scan": True}, "cannot be solved one by one"),
         ({"perplexity": "file:no-such.txt"}, "no-such.txt"),
+        ({"perplexity": None}, "name the text that decides: --perplexity SPEC"),
         ({"search.wrong": 1}, "unknown recipe key"),
     ],
 )

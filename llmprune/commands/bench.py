@@ -59,7 +59,8 @@ def bench(
         ]
         table.add_row(title, *spreads)
         table.add_row("  tokens/s", *(f"{one[key]['tokens_per_s']:,.0f}" for one in rows))
-    table.add_row("load", *(f"{one['load_s']:.2f} s" for one in rows))
+    loads = (one["load"] for one in rows)
+    table.add_row("load", *(f"{one['median_s']:.2f} s ({one['q1_s']:.2f}–{one['q3_s']:.2f})" for one in loads))
     table.add_row("weights", *(f"{one['weight_bytes'] / 2**20:,.1f} MiB" for one in rows))
     table.add_row("beyond weights", *(f"{one['memory']['beyond_weights_bytes'] / 2**20:,.1f} MiB" for one in rows))
     table.add_row("files", *(f"{one['file_bytes'] / 2**20:,.1f} MiB" for one in rows))

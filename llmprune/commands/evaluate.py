@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from llmprune.commands import AsJson, Model, Trust
+from llmprune.report import words
 from llmprune.types import UserError
 
 
@@ -47,7 +49,8 @@ def evaluate(
     """Measure MODEL: perplexity on texts, lm-eval tasks, closeness to a dense baseline, samples."""
     import llmprune
     from llmprune.checkpoint import output
-    from llmprune.checkpoint.output import REPORT_NAME
+    from llmprune.eval.recorded import joined, other_baseline
+    from llmprune.report.page import read_run
 
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise UserError(f"--out {out} must be a file in a folder that exists")
@@ -55,8 +58,11 @@ def evaluate(
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
     if not (batch_size == "auto" or batch_size.isdigit()):
         raise UserError(f"--batch-size {batch_size} must be a number, or auto")
-    if record and not (Path(model) / REPORT_NAME).is_file():
-        raise UserError(f"--record: there is no {Path(model) / REPORT_NAME}; only a model that llmprune made has one")
+    if not (perplexity or tasks or prompt or generate):
+        raise UserError("say what to measure: --perplexity SPEC, --tasks NAMES, --generate, or --prompt TEXT")
+    if record and not (Path(model) / output.REPORT_NAME).is_file():
+        name = Path(model) / output.REPORT_NAME
+        raise UserError(f"--record: there is no {name}; only a model that llmprune made has one")
     result = llmprune.evaluate(
         model,
         perplexity=perplexity or [],
@@ -80,7 +86,11 @@ def evaluate(
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
     if record:
-        output.record(Path(model), "evaluation", result)
+        earlier = read_run(Path(model)).get("evaluation", {})
+        other = other_baseline(earlier, result)
+        if other is not None:
+            print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
+        output.record(Path(model), "evaluation", joined(earlier, result))
     if as_json:
         print(json.dumps(result))
     else:
@@ -109,26 +119,24 @@ def _perplexity_table(result: dict[str, Any], baseline: dict[str, Any], comparis
         if baseline:
             close = comparison["perplexity"][spec]
             beside = [f"{baseline['perplexity'][spec]['ppl']:.3f}", f"{close['kl']:.4f}", f"{close['top1']:.1%}"]
-        apart = "" if row["stride"] == row["seqlen"] else f", stride {row['stride']}"
-        begun = {"window": "BOS in each", "text": "BOS before the text", "never": "no BOS"}[row["bos_at"]]
-        protocol = (
-            f"{row['tokens']:,} tokens, {row['windows']} windows of {row['seqlen']}{apart}, {begun}, {row['dtype']}"
-        )
+        protocol = f"{row['tokens']:,} tokens, {words.windows(row)}, {row['dtype']}"
         table.add_row(spec, f"{row['ppl']:.3f}", *beside, protocol)
     return table
 
 
 def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
-    compared = ("dense", "paired p") if baseline else ()
-    table = Table("task", "metric", "value", *compared, "rows", "shots")
+    compared = ("dense", "difference", "paired p") if baseline else ()
+    table = Table("task", "metric", "value", *compared, Column("protocol", overflow="fold"))
     for name, row in result["tasks"].items():
         for metric in (key for key, value in row.items() if isinstance(value, float) and key != "version"):
             beside = []
             if baseline:
-                test = comparison["tasks"].get(name, {}).get("log_likelihood" if metric == "perplexity" else metric, {})
-                p = test.get("p")
-                beside = [_with_error(baseline["tasks"][name], metric), "–" if p is None else f"{p:.3g}"]
-            table.add_row(name, metric, _with_error(row, metric), *beside, str(row["n"]), str(row["fewshot"]))
+                test = comparison["tasks"].get(name, {}).get(metric)
+                tested = ["–", "–"]
+                if test is not None:
+                    tested = [words.difference(test), "–" if test["p"] is None else f"{test['p']:.3g}"]
+                beside = [_with_error(baseline["tasks"][name], metric), *tested]
+            table.add_row(name, metric, _with_error(row, metric), *beside, f"{words.prompts(row)}, {row['dtype']}")
     return table
 
 

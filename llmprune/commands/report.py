@@ -24,6 +24,8 @@ def report(
 
     if out.is_dir() or not out.parent.is_dir():
         raise UserError(f"--out {out} must be a file in a folder that exists")
+    if figures is not None and not next(one for one in (figures, *figures.absolute().parents) if one.exists()).is_dir():
+        raise UserError(f"--figures {figures} must be a folder")
     searches = [read_search(folder) for folder in folders if (folder / NAME).is_file()]
     runs = [read_run(folder) for folder in folders if not (folder / NAME).is_file()]
     names = [one["name"] for one in (*runs, *searches)]

@@ -17,7 +17,6 @@ CARD = "README.md"
 BEGIN, END = "<!-- llmprune: begin, rewritten at every push -->", "<!-- llmprune: end -->"
 # Marks the results that a push may replace; those of other sources stay.
 SOURCE = "llmprune"
-BOS = {"window": "BOS in each window", "text": "BOS before the first window", "never": "no BOS"}
 
 
 def model_card(
@@ -94,8 +93,7 @@ def _results(repo_id: str, evaluation: dict[str, Any]) -> Iterator[tuple[dict[st
     dense = evaluation.get("baseline", {})
     for spec, row in evaluation.get("perplexity", {}).items():
         name = _without_folder(spec)
-        windows = [f"{row['tokens']:,} tokens", f"windows of {row['seqlen']}", f"stride {row['stride']}", row["dtype"]]
-        protocol = ", ".join([*windows, *([BOS[row["bos_at"]]] if "bos_at" in row else [])])
+        protocol = f"{row['tokens']:,} tokens, {words.windows(row)}, {row['dtype']}"
         other = dense.get("perplexity", {}).get(spec)
         table = {
             "what": f"perplexity, {name}",
@@ -104,7 +102,7 @@ def _results(repo_id: str, evaluation: dict[str, Any]) -> Iterator[tuple[dict[st
         }
         yield {**table, "protocol": protocol}, _entry(repo_id, name, "perplexity", row["ppl"], protocol)
     for name, row in evaluation.get("tasks", {}).items():
-        protocol = f"lm-eval, {row['fewshot']}-shot, {row['n']} rows"
+        protocol = f"lm-eval, {words.prompts(row)}, {row['dtype']}"
         for metric, error in row["stderr"].items():
             if not isinstance(row.get(metric), float):
                 continue

@@ -61,6 +61,8 @@ def render(
         columns=(columns := summary(runs))[0],
         rows=columns[1],
         specs=specs,
+        words=words,
+        compared=shared_protocol(runs),
         spec_json=json.dumps(specs).replace("<", "\\u003c"),
         script=script.replace("</script", "<\\/script"),
     )
@@ -143,7 +145,7 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
             )
     found += words.flattering(run)
     if not evaluation:
-        found.append("quality was not measured: llmprune eval DIR --baseline DENSE --record")
+        found.append("quality was not measured: llmprune eval DIR --perplexity SPEC --baseline DENSE --record")
     return found
 
 
@@ -155,29 +157,36 @@ def _search_view(found: dict[str, Any]) -> dict[str, Any]:
         "base": Path(found["model"]).name,
         "sentences": budget_sentences(found),
         "tables": {"Models": sweep_table(found), "Each layer alone": scan_table(found)},
-        "protocol": f"Perplexity on {found['asked']['perplexity']}: {windows['windows']} windows of {windows['seqlen']} "
-        f"tokens, {windows['dtype']}. {calibrated(found)}",
+        "protocol": f"Perplexity on {found['asked']['perplexity']}: {words.windows(windows)}, {windows['dtype']}. "
+        f"{calibrated(found)}",
     }
 
 
+def shared_protocol(runs: list[dict[str, Any]]) -> str | None:
+    """Text and windows by which the perplexity of several runs was measured, the first if there are more."""
+    known = [protocol for run in runs for protocol in _by_protocol(run.get("evaluation", {}))]
+    return next((one for one in known if known.count(one) > 1), None)
+
+
+def _by_protocol(measured: dict[str, Any]) -> dict[str | None, dict[str, Any]]:
+    return {f"{spec}, {words.windows(row)}": row for spec, row in measured.get("perplexity", {}).items()}
+
+
 def run_points(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Perplexity and costs of each run, and of the dense model, on the first text that several were measured on."""
-    texts = [spec for run in runs for spec in run.get("evaluation", {}).get("perplexity", {})]
-    shared = next((spec for spec in texts if texts.count(spec) > 1), None)
-    if shared is None:
-        return []
+    """Perplexity and costs of each run, and of the dense model, by the first protocol that several were measured by."""
+    shared = shared_protocol(runs)
     points = []
     for run in runs:
         measured, totals = run.get("evaluation", {}), run["totals"]
-        dense = measured.get("baseline", {}).get("perplexity", {}).get(shared)
+        dense = _by_protocol(measured.get("baseline", {})).get(shared)
         if dense is not None:
             whole = {"params_before": totals["params_before"], "params_after": totals["params_before"], "zeros": 0}
             points.append({"label": "dense", "method": "dense", "ppl": dense["ppl"], "zeros": 0,
                            "params": totals["params_before"], **costs(whole)})  # fmt: skip
-        if shared in measured.get("perplexity", {}):
-            points.append({"label": run["name"], "method": words.methods(run),
-                           "ppl": measured["perplexity"][shared]["ppl"], "zeros": totals["zeros"],
-                           "params": totals["params_after"], **costs(totals)})  # fmt: skip
+        found = _by_protocol(measured).get(shared)
+        if found is not None:
+            points.append({"label": run["name"], "method": words.methods(run), "ppl": found["ppl"],
+                           "zeros": totals["zeros"], "params": totals["params_after"], **costs(totals)})  # fmt: skip
     return [point for number, point in enumerate(points) if point not in points[:number]]
 
 

@@ -45,21 +45,35 @@ def sweep_points(found: dict[str, Any]) -> list[dict[str, Any]]:
         "label": "dense", "method": "dense", "ppl": found["dense"]["ppl"], "zeros": 0,
         "params": rows[0]["params_before"], **{key: 1.0 for key in COSTS if key in points[0]},
     }  # fmt: skip
-    return list({point["label"]: point for point in [dense, *points]}.values())
+    # of a model that both measured, the row of the sweep: only that one may have times
+    unique: dict[str, dict[str, Any]] = {}
+    for point in [dense, *points]:
+        unique.setdefault(point["label"], point)
+    return list(unique.values())
 
 
 def sweep_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads, and a row a model; a star marks those that no other beats on perplexity and that cost."""
     points = sweep_points(found)
-    measured = [key for key in COSTS if points and key in points[-1]]
-    stars = {key: front((point["ppl"], point[key]) for point in points) for key in measured}
+    measured = [key for key in COSTS if any(key in point for point in points)]
+    best = {key: _best(points, key) for key in measured}
     heads = ["model", "perplexity", "× dense", *(COSTS[key].name for key in measured)]
     rows = []
-    for number, point in enumerate(points):
-        shares = [f"{point[key]:.1%}" + (" *" if stars[key][number] else "") for key in measured]
+    for point in points:
+        shares = [
+            f"{point[key]:.1%}" + (" *" if point["label"] in best[key] else "") if key in point else "–"
+            for key in measured
+        ]
         ratio = point["ppl"] / found["dense"]["ppl"]
         rows.append([point["label"], f"{point['ppl']:.3f}", f"{ratio:.3f}", *shares])
     return heads, rows
+
+
+def _best(points: list[dict[str, Any]], key: str) -> set[str]:
+    """The models that no other beats on perplexity and a cost, of those whose cost is known."""
+    known = [point for point in points if key in point]
+    on_front = front((point["ppl"], point[key]) for point in known)
+    return {point["label"] for point, best in zip(known, on_front, strict=True) if best}
 
 
 def scan_points(found: dict[str, Any]) -> list[dict[str, Any]]:

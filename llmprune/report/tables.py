@@ -11,34 +11,29 @@ from llmprune.report import words
 from llmprune.report.words import short
 
 FORMATS = ("md", "tex", "csv")
+# What was measured: a text or a task, and the head, which says by which protocol.
+Column = tuple[str, str]
 
 
 def summary(runs: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The table of all runs: heads, and a row a run with the dense baseline above it where one was measured."""
-    texts = list(dict.fromkeys(spec for run in runs for spec in run.get("evaluation", {}).get("perplexity", {})))
-    metrics = list(
-        dict.fromkeys(
-            (name, metric)
-            for run in runs
-            for name, row in run.get("evaluation", {}).get("tasks", {}).items()
-            for metric in row["stderr"]
-            if isinstance(row.get(metric), float)
-        )
-    )
-    heads = ["model", "method", "amount", "parameters", "zeros"]
-    heads += [f"perplexity, {short(spec)}" for spec in texts] + [f"{name}, {metric}" for name, metric in metrics]
+    """The table of all runs: heads, and a row a run with the dense baseline above it where one was measured.
+
+    What was measured by another protocol stands in another column.
+    """
+    measured = [run.get("evaluation", {}) for run in runs]
+    columns = list(dict.fromkeys(column for part in (_texts, _tasks) for one in measured for column in part(one)))
+    heads = ["model", "method", "amount", "parameters", "zeros", *(head for _, head in columns)]
     rows: list[list[str]] = []
-    for run in runs:
-        measured, totals = run.get("evaluation", {}), run["totals"]
-        dense = measured.get("baseline")
+    for run, found in zip(runs, measured, strict=True):
+        totals, dense = run["totals"], found.get("baseline")
         if dense is not None:
             label = f"dense {Path(dense['model']).name}"
-            row = [label, "–", "–", f"{totals['params_before']:,}", "–", *_scores(dense, texts, metrics)]
+            row = [label, "–", "–", f"{totals['params_before']:,}", "–", *_scores(dense, columns)]
             if row not in rows:
                 rows.append(row)
         zeros = f"{totals['zeros'] / totals['params_after']:.1%}"
         row = [run["name"], words.methods(run), words.amounts(run), f"{totals['params_after']:,}", zeros]
-        rows.append(row + _scores(measured, texts, metrics))
+        rows.append(row + _scores(found, columns))
     return heads, rows
 
 
@@ -66,15 +61,25 @@ def table(heads: list[str], rows: list[list[str]], form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _scores(measured: dict[str, Any], texts: list[str], metrics: list[tuple[str, str]]) -> list[str]:
-    cells = []
-    for spec in texts:
-        row = measured.get("perplexity", {}).get(spec)
-        cells.append("–" if row is None else f"{row['ppl']:.3f}")
-    for name, metric in metrics:
-        row = measured.get("tasks", {}).get(name)
-        error = None if row is None else row["stderr"].get(metric)
-        cells.append("–" if row is None else f"{row[metric]:.4g}" + (f" ± {error:.2g}" if error is not None else ""))
+def _scores(measured: dict[str, Any], columns: list[Column]) -> list[str]:
+    cells = {**_texts(measured), **_tasks(measured)}
+    return [cells.get(column, "–") for column in columns]
+
+
+def _texts(measured: dict[str, Any]) -> dict[Column, str]:
+    return {
+        (spec, f"perplexity, {short(spec)} ({words.windows(row)})"): f"{row['ppl']:.3f}"
+        for spec, row in measured.get("perplexity", {}).items()
+    }
+
+
+def _tasks(measured: dict[str, Any]) -> dict[Column, str]:
+    cells = {}
+    for name, row in measured.get("tasks", {}).items():
+        for metric, error in row["stderr"].items():
+            if isinstance(row.get(metric), float):
+                spread = f" ± {error:.2g}" if error is not None else ""
+                cells[name, f"{name}, {metric} ({words.prompts(row)})"] = f"{row[metric]:.4g}{spread}"
     return cells
 
 

@@ -1,4 +1,4 @@
-"""What a recipe asked for, in a word or two, for tables, pages and cards."""
+"""What a recipe asked for and how something was measured, in a word or two, for tables, pages and cards."""
 
 from __future__ import annotations
 
@@ -23,6 +23,28 @@ def methods(report: dict[str, Any]) -> str:
 def amounts(report: dict[str, Any]) -> str:
     """The amounts of a run in their order."""
     return ", ".join(amount(recipe) for recipe in steps(report))
+
+
+def windows(row: dict[str, Any]) -> str:
+    """The protocol of a perplexity but for text and dtype: figures with other words cannot be compared."""
+    apart = "" if row["stride"] == row["seqlen"] else f", stride {row['stride']}"
+    begun = {"window": "BOS in each", "text": "BOS before the text", "never": "no BOS"}[row["bos_at"]]
+    return f"{row['windows']} windows of {row['seqlen']}{apart}, {begun}"
+
+
+def prompts(row: dict[str, Any]) -> str:
+    """The protocol of a task but for dtype: figures with other words cannot be compared."""
+    said = [] if row["fewshot"] is None else [f"{row['fewshot']}-shot"]
+    said += [] if row["n"] is None else [f"{row['n']:,} rows"]
+    said += ["chat template"] if row["chat_template"] else []
+    said += [f"seed {row['seed']}"] if row["fewshot"] else []
+    return ", ".join(said)
+
+
+def difference(test: dict[str, Any]) -> str:
+    """How much more a pruned model has of a metric than the dense one, on the same rows (see `eval.significance`)."""
+    spread = "" if test["stderr"] is None else f" ± {test['stderr']:.2g}"
+    return f"{test['delta']:+.3g}{spread}" + (f" ({test['of']})" if "of" in test else "")
 
 
 def calibrations(report: dict[str, Any]) -> list[dict[str, Any]]:

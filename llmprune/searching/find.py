@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from llmprune.recipe import Recipe, merge_settings, read_recipe, validate, valid
 from llmprune.record import versions
 from llmprune.searching.asked import Limit, Search, levels_of, recipe_at, understood
 from llmprune.searching.bisection import bisect, climb
-from llmprune.searching.levels import Levels
+from llmprune.searching.levels import Levels, remove_levels
 from llmprune.searching.points import Points
 from llmprune.types import UserError
 
@@ -60,6 +59,8 @@ def search(
             merge_settings(runs, {SHORT.get(key, key): value}, Recipe)
     if model is not None:
         runs["model"] = str(model)
+    if asked.get("perplexity") is None:
+        raise UserError("name the text that decides: --perplexity SPEC, or search.perplexity in the recipe")
     folder, reporter = Path(out).expanduser().resolve(), reporter or Reporter(quiet=True)
     result = explore(validate(runs), validated(asked, Search), folder, reporter)
     best = result.get("budget", {}).get("best")
@@ -94,7 +95,7 @@ def explore(base: Recipe, asked: Search, folder: Path, reporter: Reporter) -> di
     if limit is not None:
         result["budget"] = {"asked": asked.budget, **finder.smallest(limit.perplexity(dense["ppl"]))}
     write_json(folder / RESULT_NAME, result)
-    shutil.rmtree(folder / "levels", ignore_errors=True)
+    remove_levels(folder / "levels")
     return result
 
 

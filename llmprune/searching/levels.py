@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from llmprune.searching.asked import recipe_at
 from llmprune.statistics import DRIFT, OF_WEIGHTS, Stats
 from llmprune.types import Matrix, MatrixSpec, UserError
 from llmprune.weights import Streamed, swapped
+
+# Of a fingerprint, in the name of a folder.
+DIGITS = 16
 
 
 class Levels:
@@ -50,7 +54,7 @@ class Levels:
             )
         self._recipes = {amount: recipe_at(base, base.method, amount) for amount in amounts}
         self._dense, self._reporter = dense, reporter
-        self._store = LevelStore(folder / self._job.fingerprint()[:16])
+        self._store = LevelStore(folder / self._job.fingerprint()[:DIGITS])
         # what a report says of the text behind the layers, None if the method reads none
         self.calibration = self._job.tokens.describe() if self._job.tokens else None
         self.layers = [unit.name for unit in self._job.plan.chosen_units()]
@@ -101,6 +105,14 @@ class Levels:
             for number in numbers:
                 stack.enter_context(swapped(units[number], self._store.load(amount, number)))
             yield model, tokenizer
+
+
+def remove_levels(folder: Path) -> None:
+    """Remove what searches have put there, those that were broken off included, and the folder if it is then empty."""
+    for store in folder.glob("[0-9a-f]" * DIGITS):
+        shutil.rmtree(store, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _stored(weight_OI: torch.Tensor, spec: MatrixSpec, weights: Streamed) -> torch.Tensor:

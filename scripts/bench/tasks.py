@@ -84,7 +84,7 @@ def figures(found: dict[str, Any], spec: str, tests: dict[str, Any]) -> list[str
     for task, metric in TASKS.items():
         row = found["tasks"][task]
         error = row["stderr"][metric]
-        p = tests.get(task, {}).get("log_likelihood" if metric == "perplexity" else metric, {}).get("p")
+        p = tests.get(task, {}).get(metric, {}).get("p")
         cells.append(f"{row[metric]:.4g} ± {error:.2g}" + ("" if p is None else f" (p {p:.2g})"))
     return cells
 
