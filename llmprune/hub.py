@@ -66,19 +66,19 @@ def push(
         api = HfApi(token=_checked(token))
         base = base_model or _base_model(report)
 
-        def read(repo: str, revision: str | None = None) -> str | None:
+        def read(repo: str, revision: str | None, remedy: str) -> str | None:
             try:
                 return remote_card(api, repo, revision)
             except RunError as error:
                 if not dry_run:
-                    raise
+                    raise RunError(f"{error}; {remedy}") from error
                 notes.append(str(error))
                 return None
 
-        existing = _text(path / CARD) or read(repo_id, revision)
+        existing = _text(path / CARD) or read(repo_id, revision, "repeat the command")
         dense = _text(Path(report["recipe"]["model"]).expanduser() / CARD)
         if dense is None and base is not None and license is None:
-            dense = read(base)
+            dense = read(base, None, "repeat the command, or give the licence")
         card = model_card(path, report, repo_id, existing=existing, dense=dense, base=base, license=license)
         written = {CARD: str(card).encode()}
         if not (path / PAGE).is_file():
@@ -158,7 +158,7 @@ def remote_card(api: HfApi, repo_id: str, revision: str | None = None) -> str | 
             return None if revision is None else remote_card(api, repo_id)
         except (GatedRepoError, LocalEntryNotFoundError) as error:
             reason = _reason(error.__cause__ or error)
-            raise RunError(f"the model card of {repo_id} cannot be read ({reason}); repeat the command") from error
+            raise RunError(f"the model card of {repo_id} cannot be read ({reason})") from error
         except (RemoteEntryNotFoundError, RepositoryNotFoundError):
             return None
 

@@ -336,6 +336,10 @@ def test_edits_on_the_hub_outlive_its_failures(run: Path, hub: Hub, cached: bool
     assert len(hub.asked("/commit/")) == sent
     ran = cli("push", run, "me/small", "--dry-run")
     assert ran.code == 0 and "the model card of me/small cannot be read" in ran.err
+    hub.fail = {"org/dense/resolve/": [503] * 20}
+    with pytest.raises(RunError, match=r"the model card of org/dense cannot be read .*, or give the licence"):
+        push(run, "me/small", base_model="org/dense")
+    push(run, "me/small", base_model="org/dense", license="mit")
 
 
 @pytest.mark.parametrize("token", ["hf_secret\n", "hf_secret\nX: y", "hf_sécret", "hf secret", " "])
