@@ -76,7 +76,7 @@ def push(
                 return None
 
         existing = _text(path / CARD) or read(repo_id, revision, "repeat the command")
-        dense = _text(Path(report["recipe"]["model"]).expanduser() / CARD)
+        dense = _card_of_folder(report)
         if dense is None and base is not None and license is None:
             dense = read(base, None, "repeat the command, or give the licence")
         card = model_card(path, report, repo_id, existing=existing, dense=dense, base=base, license=license)
@@ -177,6 +177,12 @@ def _base_model(report: dict[str, Any]) -> str | None:
     """The dense model's Hub id, None if it was a folder."""
     found: str | None = report.get("stages", [report])[0].get("hub_model")
     return None if found is None else found.partition("@")[0]
+
+
+def _card_of_folder(report: dict[str, Any]) -> str | None:
+    """The card of the dense model, if that was a folder."""
+    model = report["recipe"]["model"]
+    return _text(Path(model).expanduser() / CARD) if model and _base_model(report) is None else None
 
 
 def _text(path: Path) -> str | None:

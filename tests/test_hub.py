@@ -197,6 +197,20 @@ def test_license_is_inherited(run: Path, tmp_path: Path, hub: Hub) -> None:
     assert ModelCard(push(run, "me/small", dry_run=True)["card"]).data.license == "apache-2.0"
 
 
+def test_no_license_comes_from_where_one_happens_to_be(
+    run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (tmp_path, tmp_path / "org" / "dense"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text("---\nlicense: gpl-3.0\n---\nAnother.\n")
+    monkeypatch.chdir(tmp_path)
+    for model, recorded in (("", None), ("org/dense", "org/dense")):
+        report = json.loads((run / "llmprune.json").read_text())
+        report |= {"recipe": {**report["recipe"], "model": model}, "hub_model": recorded}
+        (run / "llmprune.json").write_text(json.dumps(report))
+        assert ModelCard(push(run, "me/small", dry_run=True)["card"]).data.license is None
+
+
 def test_license_of_its_own_name_is_inherited_whole(run: Path, hub: Hub) -> None:
     terms = "license: other\nlicense_name: ours\nlicense_link: LICENSE"
     hub.repos["org/dense"] = {"private": False, "branches": {"main": {"README.md": f"---\n{terms}\n---\n".encode()}}}
