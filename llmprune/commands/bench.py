@@ -70,5 +70,6 @@ def bench(
     p = result["protocol"]
     print(
         f"medians (quartiles) of {p['rounds']} rounds in turns; prompt {p['prompt']}, {p['new']} new, batch "
-        f"{p['batch_size']}; {p['device']}, {p['dtype']}, {p['threads']} threads, torch {p['torch']}"
+        f"{p['batch_size']}; loaded {p['loads']} times; {p['device']}, {p['dtype']}, {p['threads']} threads, "
+        f"torch {p['torch']}"
     )

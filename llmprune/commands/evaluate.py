@@ -125,8 +125,8 @@ def _perplexity_table(result: dict[str, Any], baseline: dict[str, Any], comparis
 
 
 def _task_table(result: dict[str, Any], baseline: dict[str, Any], comparison: dict[str, Any]) -> Table:
-    compared = ("dense", "difference", "paired p") if baseline else ()
-    table = Table("task", "metric", "value", *compared, Column("protocol", overflow="fold"))
+    heads = ("task", "metric", "value", *(("dense", "delta", "paired p") if baseline else ()), "protocol")
+    table = Table(*(Column(head, overflow="fold") for head in heads))
     for name, row in result["tasks"].items():
         for metric in (key for key, value in row.items() if isinstance(value, float) and key != "version"):
             beside = []
