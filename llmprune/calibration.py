@@ -14,14 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from llmprune.checkpoint.remote import trusted
+from llmprune.texts import CORPORA, parse
 from llmprune.types import UserError
 
-# Hub datasets behind the short names: (dataset, config, train split, evaluation split, field).
-CORPORA = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", "text"),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", "sentence"),
-    "c4": ("allenai/c4", "en", "train", "validation", "text"),
-}
 # C4 is read from its first shards only: the whole of it is 800 GB.
 C4_DOCUMENTS = 20_000
 LARGEST_LENGTH = 1_000_000
@@ -90,43 +85,29 @@ def read_rows(spec: str, *, split: str = "train") -> tuple[Iterable[Any], str, o
 
     The field is "" where the SPEC names none. Raises UserError if nothing can be read.
     """
-    if spec == "demo":
-        name = "calibration.txt" if split == "train" else "eval.txt"
-        return [resources.files("llmprune.demo").joinpath(name).read_text(encoding="utf-8")], "", spec
-    kind, _, rest = spec.partition(":")
-    if kind == "file" and rest:
-        return _read_file(rest)
-    if spec in CORPORA:
-        dataset, config, train, evaluation, field = CORPORA[spec]
-        return _read_hub(dataset, config, train if split == "train" else evaluation), field, dataset
-    if kind == "hub" and rest:
-        dataset, config, chosen, field = [*rest.split(":"), "", "", ""][:4]
-        return _read_hub(dataset, config or None, chosen or split), field, dataset
-    hint = f"; for a file write file:{spec}" if Path(spec).exists() else ""
-    raise UserError(
-        f"text {spec!r} is not understood{hint}. Give file:PATH[:FIELD], hub:DATASET[:CONFIG[:SPLIT[:FIELD]]], "
-        f"{', '.join(CORPORA)} or demo"
-    )
+    text = parse(spec, split=split)
+    if text.kind == "demo":
+        return [resources.files("llmprune.demo").joinpath(text.name).read_text(encoding="utf-8")], text.field, spec
+    if text.kind == "file":
+        return _read_file(Path(text.name)), text.field, text.name
+    return _read_hub(text.name, text.config or None, text.split), text.field, text.name
 
 
-def _read_file(rest: str) -> tuple[Iterable[Any], str, object]:
-    path, field = Path(rest), ""
-    if not path.is_file() and ":" in rest:
-        head, _, field = rest.rpartition(":")
-        path = Path(head)
+def _read_file(path: Path) -> Iterable[Any]:
     if not path.is_file():
         raise UserError(f"there is no text file {str(path)!r}")
     try:
         if path.suffix == ".jsonl":
             # not splitlines(): a text may hold the other line ends that Unicode knows
             lines = path.read_text(encoding="utf-8").split("\n")
-            return [json.loads(line) for line in lines if line.strip()], field, path
+            return [json.loads(line) for line in lines if line.strip()]
         if path.suffix == ".json":
-            return json.loads(path.read_text(encoding="utf-8")), field, path
+            rows: Iterable[Any] = json.loads(path.read_text(encoding="utf-8"))
+            return rows
         if path.suffix == ".parquet":
-            library = _datasets("parquet files")
-            return library.load_dataset("parquet", data_files=str(path), split="train"), field, path
-        return [path.read_text(encoding="utf-8")], field, path
+            rows = _datasets("parquet files").load_dataset("parquet", data_files=str(path), split="train")
+            return rows
+        return [path.read_text(encoding="utf-8")]
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
 

@@ -21,7 +21,7 @@ from llmprune.checkpoint.adapter import FOLDER, write_adapter
 from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
-from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
+from llmprune.checkpoint.source import Checkpoint, copy_companions, hub_id, resolve
 from llmprune.checkpoint.verify import logits, verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine.divergence import Variant
@@ -347,6 +347,7 @@ class Job:
         """The part of the report that every kind of job has: what was asked, on what, and what it took."""
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "hub_model": hub_id(self.recipe.model),
             "versions": record.versions(),
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -197,7 +197,9 @@ class _Run:
 
     def _push(self) -> None:
         assert self._workflow.push is not None
-        hub.push(list(self._models)[-1], **self._workflow.push.model_dump())
+        done = hub.push(list(self._models)[-1], **self._workflow.push.model_dump())
+        for note in done["notes"]:
+            self._reporter.warn(note)
 
 
 def _plain(settings: Strict) -> dict[str, Any]:

@@ -15,7 +15,9 @@ from runner import cli
 
 import llmprune
 from llmprune import UserError
-from llmprune.report.page import read_run, run_points, write_page
+from llmprune.report import words
+from llmprune.report.page import read_run, run_points, write_figures, write_page
+from llmprune.report.searched import calibrated
 from llmprune.report.tables import summary, table
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -109,6 +111,34 @@ def test_warnings(folders: list[Path], tmp_path: Path) -> None:
         assert ("times the dense" in (tmp_path / "page.html").read_text()) is warned
 
 
+@pytest.mark.parametrize(
+    ("training", "evaluation", "same"),
+    [
+        ("file:./t.txt", "file:t.txt", True),
+        ("file:a/../t.jsonl:text", "file:t.jsonl", True),
+        ("file:t.txt", "file:a/t.txt", False),
+        ("wikitext2", "wikitext2", False),
+        ("wikitext2", "hub:Salesforce/wikitext:wikitext-2-raw-v1:train", True),
+        ("hub:d:c:test", "hub:d:c:test", True),
+        ("hub:d:c", "hub:d:c", False),
+        ("hub:d:c", "hub:d:c:train:other", True),
+        ("demo", "demo", False),
+        ("token ids given by the caller", "demo", False),
+    ],
+)
+def test_texts_that_flatter(training: str, evaluation: str, same: bool) -> None:
+    recipe = {"method": "wanda", "seed": 0}
+    stages = [{"recipe": recipe, "calibration": {"source": training}}, {"recipe": recipe, "calibration": None}]
+    measured = {"evaluation": {"perplexity": {evaluation: {}}}}
+    for what, report in (
+        ("calibration", {**stages[0], **measured}),
+        ("calibration", {**stages[1], "stages": stages, **measured}),
+        ("recovery", {**stages[1], "recovery": [{"data": {"source": training}}], **measured}),
+    ):
+        found = words.flattering(report)
+        assert [text.split(" (")[0] for text in found] == [f"{what} and evaluation text are the same"] * same
+
+
 def test_tables(folders: list[Path]) -> None:
     heads, rows = summary([read_run(folder) for folder in folders])
     assert [row[0] for row in rows] == ["dense model", "half", "nm"]
@@ -119,6 +149,7 @@ def test_tables(folders: list[Path]) -> None:
     assert list(csv.reader(table(heads, rows, "csv").splitlines())) == [heads, *rows]
     assert table(["a", "b"], [["1|2", "3"]], "md") == "| a | b |\n| --- | --- |\n| 1\\|2 | 3 |\n"
     assert r"50\% & a\_b \\" in table(["x", "y"], [["50%", "a_b"]], "tex")
+    assert r"2\textasciicircum{}3 & \textasciitilde{}/a \\" in table(["x", "y"], [["2^3", "~/a"]], "tex")
 
 
 def test_other_protocols_stand_apart(folders: list[Path]) -> None:
@@ -156,6 +187,15 @@ def test_figures_for_papers(folders: list[Path], tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "figures" / names[1]).read_text()
 
 
+def test_no_figure_is_written_over_another(folders: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    names = ("w-0.5", "w_0.5", "w 0.5", "W-0.5")
+    runs = [{**read_run(folders[0]), "name": name, "evaluation": {}} for name in names]
+    written = write_figures(tmp_path / "figures", runs, formats=("svg",))
+    assert len(set(written)) == len(written) == 2 * len(names) + 3
+    assert {path.name for path in written} >= {"w-0.5-zeros-by-layer.svg", "w_0.5-zeros-by-layer.svg"}
+
+
 def test_refusals(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run of llmprune"):
         read_run(DEMO)
@@ -180,6 +220,12 @@ def test_a_search_is_told_and_drawn(searched: Path, tmp_path: Path) -> None:
         assert f"{row['ppl']:.3f}" in text
     for row in found["scan"]:
         assert f"{row['ppl'] / found['dense']['ppl']:.3f}" in text
+    # magnitude and depth read no text
+    assert "Calibrated" not in text and calibrated(found) == ""
+    read = {"calibration": {"sequences": 4, "longest": 32, "source": "demo"}}
+    found["scan"][0] |= read
+    found["budget"]["methods"][0]["tried"][-1] |= read
+    assert calibrated(found) == "Calibrated (magnitude) on 4 sequences of up to 32 tokens of demo, seed 0."
     rows = list(csv.reader((tmp_path / "figures" / "search-sweep.csv").open()))
     assert {row[0] for row in rows[1:]} >= {"dense", "magnitude 0.3", "magnitude 0.5", "keep-first 1"}
     assert {path.suffix for path in (tmp_path / "figures").iterdir()} == {".svg", ".png", ".md", ".tex", ".csv"}
@@ -191,14 +237,18 @@ def test_a_search_is_told_and_drawn(searched: Path, tmp_path: Path) -> None:
 
 def test_stages_and_scores_are_shown(tmp_path: Path) -> None:
     pytest.importorskip("altair")
-    stages = [{"drop_layers": [1]}, {"method": "magnitude", "sparsity": 0.3}]
+    calibration = {"source": "demo", "samples": 2, "seqlen": 32}
+    stages = [
+        {"method": "shortgpt", "drop_layers": 1, "calibration": calibration}, {"method": "magnitude", "sparsity": 0.3},
+    ]  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": stages}))
     llmprune.prune(DEMO, out=tmp_path / "staged", recipe=tmp_path / "recipe.yaml")
     llmprune.prune(DEMO, out=tmp_path / "short", method="shortgpt", drop_layers=2, samples=2, seqlen=32)
     runs = [read_run(tmp_path / name) for name in ("staged", "short")]
     write_page(tmp_path / "page.html", runs)
     text = (tmp_path / "page.html").read_text()
-    assert "keep-first, magnitude" in text and "layers 1, 0.3" in text and "2 layers" in text
+    assert "shortgpt, magnitude" in text and "1 layer, 0.3" in text and "2 layers" in text
+    assert "shortgpt calibrated on 2 sequences of up to 32 tokens (64 in all) from demo, seed 0." in text
     assert "short: Scores of what could go" in text and "short: Similarity of hidden states" in text
     for run in runs:
         assert f"{run['totals']['params_after']:,}" in text
@@ -210,7 +260,8 @@ const found = {};
 while (document.documentElement.dataset.drawn !== "yes") await new Promise((go) => setTimeout(go, 20));
 found.figures = document.querySelectorAll("[data-figure] svg").length;
 found.wanted = document.querySelectorAll("[data-figure]").length;
-found.wide = document.documentElement.scrollWidth <= innerWidth;
+found.width = innerWidth;
+found.fits = document.documentElement.scrollWidth <= innerWidth;
 const table = document.querySelector("table.sortable#models");
 const button = table.tHead.rows[0].cells[table.tHead.rows[0].cells.length - 1].querySelector("button");
 const last = () => [...table.tBodies[0].rows].map((row) => row.cells[row.cells.length - 1].textContent.trim());
@@ -231,10 +282,21 @@ const there = { bubbles: true, clientX: spot.x + spot.width / 2, clientY: spot.y
 for (const kind of ["pointerover", "mouseover", "pointermove", "mousemove"]) dot.dispatchEvent(new PointerEvent(kind, there));
 await new Promise((go) => setTimeout(go, 200));
 found.point = document.querySelector("#vg-tooltip-element.visible")?.textContent ?? "";
-const note = document.createElement("pre");
-note.id = "found"; note.textContent = JSON.stringify(found);
-document.body.append(note);
+parent.postMessage(JSON.stringify(found), "*");
 </script>
+"""
+# Chromium's windows are not narrower than 500 pixels, its frames are.
+FRAME = """
+<!doctype html>
+<body style="margin: 0">
+<script>
+addEventListener("message", (event) => {{
+  const note = document.createElement("pre");
+  note.id = "found"; note.textContent = event.data;
+  document.body.append(note);
+}});
+</script>
+<iframe src="{page}" style="border: 0; width: {width}px; height: 1000px"></iframe>
 """
 
 
@@ -251,17 +313,19 @@ def browse(page: Path, *options: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(page: Path, width: int) -> None:
     head, end, _ = page.read_text().rpartition("</body>")
     page.write_text(head + PROBE + end)
-    dom, console = browse(page, f"--window-size={width},1000", "--dump-dom")
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME.format(page=page.name, width=width))
+    dom, console = browse(frame, "--window-size=1300,1000", "--dump-dom")
     assert console == []
     note = re.search(r'<pre id="found">(.*?)</pre>', dom, re.DOTALL)
     assert note is not None
     found: dict[str, Any] = json.loads(note[1])
     assert found["figures"] == found["wanted"] == 8
-    assert found["wide"], "the page scrolls sideways"
+    assert found["width"] == width and found["fits"], "the page scrolls sideways"
     assert found["focused"] and found["sorted"] == "descending"
     assert found["up"] == sorted(found["up"], key=float) and found["down"] == found["up"][::-1]
     assert "layer" in found["tooltip"] and "error" in found["tooltip"]

@@ -50,6 +50,7 @@ def test_a_sweep_is_prune_and_eval_by_hand(tmp_path: Path) -> None:
         )
         assert row["ppl"] == measured(tmp_path / str(number))
         assert row["zeros"] == result.report["totals"]["zeros"]
+        assert row["calibration"] == result.report["calibration"]
         assert row["params_after"] == result.report["totals"]["params_after"]
         assert row["latency"]["dense"]["prefill"] > 0 and row["latency"]["pruned"]["decode"] > 0
     assert found["dense"]["ppl"] == measured(DEMO)

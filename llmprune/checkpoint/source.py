@@ -115,6 +115,11 @@ def resolve(model: str, *, token: str | None = None) -> Path:
     return path
 
 
+def hub_id(model: str) -> str | None:
+    """What `resolve` takes for a Hub id (`@REVISION` included): None for a folder, and for no model at all."""
+    return None if Path(model).expanduser().is_dir() else model
+
+
 def companions(folder: Path, *, code: bool) -> list[Path]:
     """The files beside the weights that belong to the model: configs, tokenizer, licence, and its code if asked."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}

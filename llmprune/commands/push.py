@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,8 @@ def push(
     if as_json:
         print(json.dumps(done))
         return
+    for note in done["notes"]:
+        print(note, file=sys.stderr)
     for file in done["files"]:
         print(f"{file['bytes']:>14,}  {file['name']}")
     if dry_run:

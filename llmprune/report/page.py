@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,9 @@ from jinja2 import Environment, PackageLoader
 
 from llmprune.report import words
 from llmprune.report.front import costs
-from llmprune.report.searched import budget_sentences, scan_table, sweep_table
-from llmprune.report.tables import FORMATS, short, summary, table
+from llmprune.report.searched import budget_sentences, calibrated, scan_table, sweep_table
+from llmprune.report.tables import FORMATS, summary, table
+from llmprune.report.words import short
 from llmprune.types import UserError
 
 # A rise of perplexity beyond this factor is called out at the top of the page.
@@ -33,15 +37,14 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {"name": folder.resolve().name, **run}
 
 
-def write_page(
-    path: Path,
+def render(
     runs: list[dict[str, Any]],
     searches: Sequence[dict[str, Any]] = (),
     *,
     budget: float = BUDGET,
     figures: bool = True,
-) -> None:
-    """Write one page about `runs` (see `read_run`) and `searches` (see `searched.read_search`).
+) -> str:
+    """One page about `runs` (see `read_run`) and `searches` (see `searched.read_search`), as HTML.
 
     `budget`: the perplexity ratio to the dense model beyond which the page warns. Raises UserError if figures are
     wanted but cannot be drawn.
@@ -51,7 +54,7 @@ def write_page(
     pages = Environment(
         loader=PackageLoader("llmprune.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    html = pages.get_template("page.html").render(
+    return pages.get_template("page.html").render(
         title=_title(runs, searches),
         runs=[_view(run, budget) for run in runs],
         searches=[_search_view(found) for found in searches],
@@ -63,7 +66,11 @@ def write_page(
         spec_json=json.dumps(specs).replace("<", "\\u003c"),
         script=script.replace("</script", "<\\/script"),
     )
-    path.write_text(html, encoding="utf-8")
+
+
+def write_page(path: Path, runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]] = (), **options: Any) -> None:
+    """Write the page; `options` as in `render`."""
+    path.write_text(render(runs, searches, **options), encoding="utf-8")
 
 
 def write_figures(
@@ -74,21 +81,22 @@ def write_figures(
 ) -> list[Path]:
     """The figures as files for papers, and the tables as Markdown, LaTeX and CSV; returns what was written."""
     charts = _charts(runs, searches)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for title, chart in charts.items():
-        for ending in formats:
-            target = folder / f"{_slug(title)}.{ending}"
-            chart.properties(width=520).save(target, scale_factor=2 if ending == "png" else 1)
-            written.append(target)
     tables = {"summary": summary(runs)} if runs else {}
     for found in searches:
         for name, (heads, rows) in (("sweep", sweep_table(found)), ("scan", scan_table(found))):
             if rows:
-                tables[_slug(f"{found['name']} {name}")] = heads, rows
-    for name, (heads, rows) in tables.items():
+                tables[f"{found['name']} {name}"] = heads, rows
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    names = _file_names([*charts, *tables])
+    for title, chart in charts.items():
+        for ending in formats:
+            target = folder / f"{names[title]}.{ending}"
+            chart.properties(width=520).save(target, format=ending, scale_factor=2 if ending == "png" else 1)
+            written.append(target)
+    for title, (heads, rows) in tables.items():
         for ending in FORMATS:
-            target = folder / f"{name}.{ending}"
+            target = folder / f"{names[title]}.{ending}"
             target.write_text(table(heads, rows, ending), encoding="utf-8")
             written.append(target)
     return written
@@ -124,7 +132,7 @@ def _view(run: dict[str, Any], budget: float) -> dict[str, Any]:
     ]
     seconds = sum(stage["run"]["seconds"] for stage in run.get("stages", [run]))
     return {**run, "steps": stages, "seconds": seconds, "method": words.methods(run), "recipe_text": yaml.safe_dump(run["recipe"], sort_keys=False), "worst": worst or 1.0,
-            "all_warnings": warnings, "samples": samples, "evaluation": evaluation}  # fmt: skip
+            "all_warnings": warnings, "calibrations": words.calibrations(run), "samples": samples, "evaluation": evaluation}  # fmt: skip
 
 
 def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> list[str]:
@@ -135,9 +143,7 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
             found.append(
                 f"perplexity on {short(spec)} is {row['ratio']:.2f} times the dense model's (budget {budget:g})"
             )
-    source = (run.get("calibration") or {}).get("source", "")
-    if source in evaluation.get("perplexity", {}) and source.startswith("file:"):
-        found.append(f"calibration and evaluation text are the same ({short(source)}): the perplexity flatters")
+    found += words.flattering(run)
     if not evaluation:
         found.append("quality was not measured: llmprune eval DIR --perplexity SPEC --baseline DENSE --record")
     return found
@@ -145,15 +151,14 @@ def _quality(run: dict[str, Any], evaluation: dict[str, Any], budget: float) -> 
 
 def _search_view(found: dict[str, Any]) -> dict[str, Any]:
     """A search with its tables and sentences."""
-    calibration, windows = found["recipe"]["calibration"], found["dense"]["protocol"]
+    windows = found["dense"]["protocol"]
     return {
         **found,
         "base": Path(found["model"]).name,
         "sentences": budget_sentences(found),
         "tables": {"Models": sweep_table(found), "Each layer alone": scan_table(found)},
         "protocol": f"Perplexity on {found['asked']['perplexity']}: {words.windows(windows)}, {windows['dtype']}. "
-        f"Calibrated on {calibration['samples']} sequences of {calibration['seqlen']} "
-        f"tokens of {calibration['source']}, seed {found['recipe']['seed']}.",
+        f"{calibrated(found)}",
     }
 
 
@@ -189,6 +194,8 @@ def _charts(runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]]) -> d
     try:
         from llmprune.report.figures import figures
         from llmprune.report.fronts import search_figures, trade_offs
+
+        importlib.import_module("vl_convert")  # what altair saves with, and the page's script
     except ImportError as error:
         raise UserError(f"figures need the package {error.name}: pip install 'llmprune[report]'") from error
     charts = trade_offs(run_points(runs))
@@ -206,5 +213,12 @@ def _drawn(runs: list[dict[str, Any]], searches: Sequence[dict[str, Any]]) -> tu
     return {title: chart.to_dict() for title, chart in charts.items()}, vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub lacks the default
 
 
-def _slug(title: str) -> str:
-    return "".join(one if one.isalnum() else "-" for one in title.lower()).strip("-").replace("--", "-")
+def _file_names(titles: list[str]) -> dict[str, str]:
+    """A name for the files of each title, no two the same: those that would be are numbered."""
+    taken: dict[str, str] = {}
+    for title in titles:
+        plain = re.sub(r"[^\w.]+", "-", title.lower()).strip("-.")
+        numbered = (f"{plain}-{number}" for number in itertools.count(2))
+        name = next(one for one in itertools.chain([plain], numbered) if one not in taken.values())
+        taken[title] = name
+    return taken

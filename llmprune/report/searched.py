@@ -99,6 +99,18 @@ def scan_table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["layer", *columns], [[str(one), *(cells.get((one, column), "–") for column in columns)] for one in layers]
 
 
+def calibrated(found: dict[str, Any]) -> str:
+    """What the pruned models were calibrated on, "" if none read a text."""
+    tried = [row for method in found.get("budget", {}).get("methods", []) for row in method["tried"]]
+    rows = [row for row in (*found.get("sweep", []), *found.get("scan", []), *tried) if row.get("calibration")]
+    seed, methods = found["recipe"]["seed"], ", ".join(dict.fromkeys(row["method"] for row in rows))
+    texts = {
+        f"{text['sequences']} sequences of up to {text['longest']} tokens of {text['source']}"
+        for text in (row["calibration"] for row in rows)
+    }
+    return f"Calibrated ({methods}) on {', '.join(sorted(texts))}, seed {seed}." if rows else ""
+
+
 def budget_sentences(found: dict[str, Any]) -> list[str]:
     """What the search for a budget came to, method by method and in the end."""
     budget = found.get("budget")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmprune.report import words
+from llmprune.report.words import short
 
 FORMATS = ("md", "tex", "csv")
 # What was measured: a text or a task, and the head, which says by which protocol.
@@ -60,12 +61,6 @@ def table(heads: list[str], rows: list[list[str]], form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short(spec: str) -> str:
-    """A text SPEC without folders."""
-    kind, colon, rest = spec.partition(":")
-    return Path(rest).name if kind == "file" and colon else spec
-
-
 def _scores(measured: dict[str, Any], columns: list[Column]) -> list[str]:
     cells = {**_texts(measured), **_tasks(measured)}
     return [cells.get(column, "–") for column in columns]
@@ -89,5 +84,7 @@ def _tasks(measured: dict[str, Any]) -> dict[Column, str]:
 
 
 def _latex(text: str) -> str:
-    special = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
+    special = {
+        "\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "–": "--", "±": r"$\pm$",
+    }  # fmt: skip
     return "".join(special.get(one, f"\\{one}" if one in "&%$#_{}" else one) for one in text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from llmprune import texts
 
 
 def steps(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -42,6 +45,46 @@ def difference(test: dict[str, Any]) -> str:
     """How much more a pruned model has of a metric than the dense one, on the same rows (see `eval.significance`)."""
     spread = "" if test["stderr"] is None else f" ± {test['stderr']:.2g}"
     return f"{test['delta']:+.3g}{spread}" + (f" ({test['of']})" if "of" in test else "")
+
+
+def calibrations(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each stage says of its calibration text, with its method and seed; a stage without text says nothing."""
+    return [
+        {**stage["calibration"], "method": stage["recipe"]["method"], "seed": stage["recipe"]["seed"]}
+        for stage in report.get("stages", [report])
+        if stage.get("calibration")
+    ]
+
+
+def flattering(report: dict[str, Any]) -> list[str]:
+    """Warnings of perplexities on a text that the model was pruned or recovered with."""
+    used = [("calibration", one["source"]) for one in calibrations(report)]
+    used += [("recovery", entry["data"]["source"]) for entry in report.get("recovery", [])]
+    found = [
+        f"{what} and evaluation text are the same ({short(spec)}): the perplexity flatters"
+        for spec in report.get("evaluation", {}).get("perplexity", {})
+        for what, source in used
+        if texts.same(source, spec)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def short(spec: str) -> str:
+    """A text SPEC without folders."""
+    kind, colon, rest = spec.partition(":")
+    return Path(rest).name if kind == "file" and colon else spec
+
+
+def takes_24(report: dict[str, Any]) -> bool:
+    """Whether a run leaves matrices with 2:4 zeros, which the packed kernels take."""
+    found = False
+    for stage in report.get("stages", [report]):
+        recipe = stage["recipe"]
+        if stage.get("structure", {}).get("kind") == "width":
+            # columns that go leave other groups of four
+            found = False
+        found = found or "2:4" in (recipe["pattern"], *(one["pattern"] for one in recipe.get("overrides", [])))
+    return found
 
 
 def amount(recipe: dict[str, Any]) -> str:

@@ -132,7 +132,8 @@ class _Finder:
             for number, layer in enumerate(self._levels[method].layers):
                 what = {"kind": "layer", "method": method, "amount": amount, "layer": layer}
                 made = partial(self._levels[method].put, [number], amount)
-                rows.append(self.points.in_memory(what, recipe_at(self._base, method, amount), made))
+                row = self.points.in_memory(what, recipe_at(self._base, method, amount), made)
+                rows.append({**row, "calibration": self._levels[method].calibration})
         if any(method_class(method).kind == "depth" for method in self._asked.methods):
             for number, layer in enumerate(self._layers):
                 rows.append({**self.points.pruned("keep-first", "1", drop_layers=[number]), "layer": layer})

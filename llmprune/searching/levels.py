@@ -55,6 +55,8 @@ class Levels:
         self._recipes = {amount: recipe_at(base, base.method, amount) for amount in amounts}
         self._dense, self._reporter = dense, reporter
         self._store = LevelStore(folder / self._job.fingerprint()[:DIGITS])
+        # what a report says of the text behind the layers, None if the method reads none
+        self.calibration = self._job.tokens.describe() if self._job.tokens else None
         self.layers = [unit.name for unit in self._job.plan.chosen_units()]
 
     def build(self) -> None:

@@ -55,6 +55,7 @@ class Points:
                 **{key: report["totals"][key] for key in ("params_before", "params_after", "zeros")},
                 "seconds": report["run"]["seconds"],
                 "recipe": report["recipe"],
+                "calibration": report["calibration"],
             }
             if latency:
                 row["latency"] = self._timed(str(folder))

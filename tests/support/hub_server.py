@@ -107,9 +107,12 @@ class _Handler(BaseHTTPRequestHandler):
         if "/resolve/" in path:
             repo, _, rest = path[1:].partition("/resolve/")
             branch, _, name = rest.partition("/")
-            content = hub.repos.get(repo, {"branches": {}})["branches"].get(branch, {}).get(name)
+            branches = hub.repos.get(repo, {}).get("branches")
+            content = (branches or {}).get(branch, {}).get(name)
             if content is None:
-                missing = "EntryNotFound" if repo in hub.repos else "RepoNotFound"
+                missing = "RepoNotFound" if branches is None else "EntryNotFound"
+                if branches is not None and branch not in branches:
+                    missing = "RevisionNotFound"
                 return self._answer(404, {"error": "not there"}, {"X-Error-Code": missing})
             digest = hashlib.sha1(content).hexdigest()
             return self._send(200, content, {"ETag": f'"{digest}"', "X-Repo-Commit": "0" * 40})
