@@ -107,7 +107,6 @@ class Job:
         experts = any(spec.index is not None for spec in self.plan.specs())
         if self._splits and (self.checkpoint is None or self.output is None or experts):
             raise UserError("split stores an adapter beside a model: prune a folder into --out, without fused experts")
-        self.budgets(self.recipe)
 
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:
         """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
@@ -151,11 +150,12 @@ class Job:
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Do it. Raises RunError when something fails on the way."""
         trust = self.recipe.trust_remote_code
-        if self.output is not None and resume and self.output.is_finished():
+        if self.output is not None and self.output.claim(resume=resume):
             reporter.say(f"{self.output.folder} is already finished")
             return Result(self._stored_report(), self.output.folder, trust)
+        self.budgets(self.recipe)
         if self.output is not None:
-            self.output.open(resume=resume)
+            self.output.open()
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         if self.recipe.permute:
@@ -185,6 +185,7 @@ class Job:
 
     def describe_plan(self) -> dict[str, Any]:
         """What would be done: the answer of a dry run."""
+        self.budgets(self.recipe)
         specs = self.plan.specs()
         rows: list[dict[str, Any]] = [
             {

@@ -142,7 +142,7 @@ class Restructuring(Job):
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Decide, and only then write: a kill before that loses the decision, not the model."""
         trust = self.recipe.trust_remote_code
-        if self.output is not None and resume and self.output.is_finished():
+        if self.output is not None and self.output.claim(resume=resume):
             reporter.say(f"{self.output.folder} is already finished")
             return Result(self._stored_report(), self.output.folder, trust)
         for text in self.tokens.warnings if self.tokens else ():
@@ -161,7 +161,7 @@ class Restructuring(Job):
             self._cut_in_place()
         if self.output is None:
             return Result(self._report(weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer)
-        self.output.open(resume=resume)
+        self.output.open()
         if isinstance(weights, Streamed):
             self._write(weights)
         self.output.finish(
