@@ -146,7 +146,7 @@ class Probe:
         costs = {spec: _cost(spec, seen[spec.name][0].width if seen else 1) for spec in specs}
         spec = max(costs, key=lambda one: costs[one])
         stats, transposed = seen.get(spec.name, (None, bool(spec.transposed)))
-        dense_OI = read_matrix(unit, dataclasses.replace(spec, transposed=transposed))
+        dense_OI = read_matrix(self._weights, unit, dataclasses.replace(spec, transposed=transposed))
         self._start()
         self._method.solve(Matrix(spec.name, dense_OI), stats, self._plan.budgets[spec.name])
         if stats is not None and stats.has_gram:

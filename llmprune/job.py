@@ -32,7 +32,7 @@ from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement, Scores, compare, each_matrix
-from llmprune.memory import PeakMemory
+from llmprune.memory import PeakMemory, within_memory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning, fits_layers
 from llmprune.plan import Plan, allocate, select_matrices
@@ -132,7 +132,8 @@ class Job:
         def matrices() -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
             return each_matrix(self.plan, weights)
 
-        scores = Scores(score_of(self.method), matrices, measure, lambda: self._gradients)
+        count = sum(spec.count for spec in self.plan.specs())
+        scores = Scores(score_of(self.method), count, matrices, measure, lambda: self._gradients)
         return Dense(self.plan.layers(), matrices, scores.each, measure, diverge)
 
     def fingerprint(self) -> str:
@@ -147,6 +148,7 @@ class Job:
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
+    @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Do it. Raises RunError when something fails on the way."""
         trust = self.recipe.trust_remote_code
@@ -183,6 +185,7 @@ class Job:
         )
         return Result(self._stored_report(), self.output.folder, trust, self._given, self._tokenizer)
 
+    @within_memory()
     def describe_plan(self) -> dict[str, Any]:
         """What would be done: the answer of a dry run."""
         self.budgets(self.recipe)

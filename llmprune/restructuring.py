@@ -26,7 +26,7 @@ from llmprune.engine.search import run_without
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
-from llmprune.memory import PeakMemory
+from llmprune.memory import PeakMemory, within_memory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
@@ -139,6 +139,7 @@ class Restructuring(Job):
             "totals": {"weights": 0, "zeros": 0},
         }
 
+    @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Decide, and only then write: a kill before that loses the decision, not the model."""
         trust = self.recipe.trust_remote_code

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 
 import llmprune
 from llmprune.checkpoint import output
+from llmprune.job import Job
+from llmprune.restructuring import Restructuring
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 QUICK = ("--calibration", f"file:{DEMO.parent}/eval.txt", "--samples", 4, "--seqlen", 64)
@@ -415,6 +417,45 @@ def test_two_runs_at_once(whole: Path, steps: int, tmp_path: Path, options: tupl
         first.send(signal.SIGCONT)
     assert first.wait().code == 0
     assert product(out) == product(whole)
+
+
+@pytest.mark.parametrize("amount", [("--method", "magnitude", "--sparsity", 0.5), ("--drop-layers", 1)])
+def test_nothing_is_decided_for_a_run_that_cannot_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: tuple[object, ...]
+) -> None:
+    def attempt(out: Path, *options: object) -> Ran:
+        return cli("prune", DEMO, "--out", out, *amount, *QUICK, *options)
+
+    out = tmp_path / "out"
+    assert attempt(out).code == 0
+    # what an allocation or a search may take hours for
+    for owner, name in ((Job, "budgets"), (Restructuring, "_decide")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("decided"))
+    ran = attempt(out, "--resume")
+    assert ran.code == 0 and "already finished" in ran.err, ran.err
+    # another run has decided nothing yet
+    other = output.Output(tmp_path / "two", "another")
+    other.claim(resume=False)
+    before = tree(tmp_path)
+    ran = attempt(tmp_path / "two")
+    assert ran.code == 2 and "another run is writing" in ran.err, ran.err
+    assert tree(tmp_path) == before
+    other.open()
+    other.close()
+    ran = attempt(tmp_path / "two", "--resume")
+    assert ran.code == 2 and "another recipe, model, calibration text" in ran.err, ran.err
+    assert tree(tmp_path).keys() == {*before, "two.partial/journal.jsonl"}
+
+
+def test_a_run_that_is_refused_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an allocation may find that there is no way, when the folder is claimed already
+    def none(*_: object) -> None:
+        raise llmprune.UserError("there is no such allocation")
+
+    monkeypatch.setattr(Job, "budgets", none)
+    ran = cli(*run(tmp_path / "out"))
+    assert ran.code == 2 and "no such allocation" in ran.err
+    assert tree(tmp_path) == {}
 
 
 # Damage to what lies in the partial folder.

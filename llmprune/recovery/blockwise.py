@@ -199,7 +199,8 @@ class _Refit:
         if self._options.passes == 0:
             found, before, after = rescale(unit, storage, calls, targets)
             for name, value in found.items():
-                unit.module.get_parameter(name).copy_(value)
+                for place in self._weights.places(unit, unit.prefix + name):
+                    place.copy_(value)
         else:
             before, after = self._by_gradient(unit, storage, calls, targets)
         self._fit = {"before": before, "after": after}
@@ -221,6 +222,7 @@ class _Refit:
             kept = {name: (unit.module.get_parameter(name) != 0) | (name not in matrices) for name in names}
             before, after = refit(
                 unit.module,
+                {name: self._weights.places(unit, unit.prefix + name) for name in names},
                 kept,
                 storage,
                 calls,
