@@ -24,7 +24,6 @@ CORPORA = {
 }
 # C4 is read from its first shards only: the whole of it is 800 GB.
 C4_DOCUMENTS = 20_000
-LARGEST_LENGTH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,27 @@ def read_rows(spec: str, *, split: str = "train") -> tuple[Iterable[Any], str, o
     )
 
 
-def _read_file(rest: str) -> tuple[Iterable[Any], str, object]:
+def digest_of(spec: str) -> str:
+    """What tells a text from another: its SPEC, and for a file of the user's, which may change, its bytes too."""
+    kind, _, rest = spec.partition(":")
+    if kind != "file":
+        return spec
+    path, _ = _find_file(rest)
+    return f"{spec} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _find_file(rest: str) -> tuple[Path, str]:
     path, field = Path(rest), ""
     if not path.is_file() and ":" in rest:
         head, _, field = rest.rpartition(":")
         path = Path(head)
     if not path.is_file():
         raise UserError(f"there is no text file {str(path)!r}")
+    return path, field
+
+
+def _read_file(rest: str) -> tuple[Iterable[Any], str, object]:
+    path, field = _find_file(rest)
     try:
         if path.suffix == ".jsonl":
             # not splitlines(): a text may hold the other line ends that Unicode knows

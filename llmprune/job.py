@@ -62,6 +62,7 @@ class Job:
         if model is not None:
             check_config(model.config, type(model).__name__)
             self.config, self.device, self.dtype = model.config, model.device, model.dtype
+            self._check_engine()
             self.model = model
         else:
             self.config = load_config(str(self.folder), trust_remote_code=recipe.trust_remote_code)
@@ -89,6 +90,16 @@ class Job:
             raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
         self.epochs = epochs_of(self.recipe)
         self._allocator = allocator(allocation_of(self.recipe))
+
+    def _check_engine(self) -> None:
+        """Whether the recipe leaves a loaded model where it is, and as it is; raises UserError."""
+        for key, own in (("device", self.device.type), ("dtype", str(self.dtype).removeprefix("torch."))):
+            asked = getattr(self.recipe.engine, key)
+            if asked not in ("auto", own, str(self.device)):
+                raise UserError(
+                    f"engine.{key}={asked} has no meaning for a loaded model, which is pruned as it is ({own}): "
+                    f"leave it out, or call model.to({asked!r}) first"
+                )
 
     @property
     def _splits(self) -> bool:

@@ -252,7 +252,10 @@ class Restructuring(Job):
             rest |= self._beside(weights)
             self.output.write(REST, (1, files), rest, {"decided": decided})
         if self.output.records[REST]["decided"] != decided:
-            raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
+            raise RunError(
+                "the interrupted run decided otherwise, or came to other values, as with another number of threads; "
+                "pass --overwrite to start again"
+            )
         for place, index in enumerate(layers):
             if f"layer {index}" in self.output.records:
                 continue
@@ -267,7 +270,8 @@ class Restructuring(Job):
 
     def _decided(self) -> dict[str, Any]:
         """The decision as it is stored, by which a resumed run knows that it is its own."""
-        return dropped(self._decision.surgery)
+        surgery = self._decision.surgery
+        return {**dropped(surgery), "values": record.digest(surgery.replaced)}
 
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         """What becomes of a tensor outside the layers."""

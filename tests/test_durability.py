@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmprune
+from llmprune import record
 from llmprune.checkpoint import output
 from llmprune.job import Job
 from llmprune.restructuring import Restructuring
@@ -456,6 +457,40 @@ def test_a_run_that_is_refused_late_leaves_nothing(tmp_path: Path, monkeypatch: 
     ran = cli(*run(tmp_path / "out"))
     assert ran.code == 2 and "no such allocation" in ran.err
     assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        ("--method", "laco", "--drop-layers", 1),
+        ("--method", "flap", "--ratio", 0.25),
+        ("--method", "slicegpt", "--ratio", 0.25),
+    ],
+)
+def test_layers_with_other_values_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: tuple[object, ...]
+) -> None:
+    def attempt(*options: object) -> Ran:
+        return cli("prune", DEMO, "--out", tmp_path / "out", *amount, *QUICK, *options)
+
+    write = output.Output.write
+
+    def full(self: output.Output, unit: str, *rest: Any) -> None:
+        if unit != "rest":
+            raise llmprune.RunError("the disk is full")
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output.Output, "write", full)
+        assert attempt().code == 1
+    # as where another number of threads sums in another order: values differ in the last bit
+    digest = record.digest
+    with monkeypatch.context() as patched:
+        moved = torch.tensor(1 + 2**-23)
+        patched.setattr(record, "digest", lambda tensors: digest({n: moved * one for n, one in tensors.items()}))
+        ran = attempt("--resume")
+        assert ran.code == 1 and "came to other values" in ran.err, ran.err
+    assert attempt("--resume").code == 0
 
 
 # Damage to what lies in the partial folder.

@@ -357,3 +357,21 @@ def test_damaged_files_are_refused_and_nothing_worse(
     middle = data.draw(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(str.encode), st.sampled_from(HARD)))
     with contextlib.suppress(*targets.DOCUMENTED):
         target.run(tmp_path_factory.mktemp("target"), seed[:start] + middle + seed[end:])
+
+
+def test_a_fingerprint_sees_every_tensor(work: Path) -> None:
+    # one file of many windows, changed in place within the smallest matrix
+    path = work / "model" / "model.safetensors"
+    before = Checkpoint(work / "model").fingerprint()
+    header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
+    start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        data = bytearray(path.read_bytes())
+        begin, end = entry["data_offsets"]
+        data[start + begin : start + end] = bytes(one ^ 1 for one in data[start + begin : start + end])
+        (work / "model" / "model.safetensors").write_bytes(data)
+        after = Checkpoint(work / "model").fingerprint()
+        assert after != before, name
+        before = after

@@ -300,6 +300,12 @@ class Output:
             return False
 
 
+def check_file(path: Path) -> None:
+    """Whether a result can be written to a file once it is there; raises UserError."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path} must be a file in a folder that exists and can be written to")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all; raises RunError."""
     temporary = path.with_name(f"{path.name}.writing")

@@ -49,8 +49,8 @@ def evaluate(
     from llmprune.checkpoint import output
     from llmprune.checkpoint.output import REPORT_NAME
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"--out {out} must be a file in a folder that exists")
+    if out is not None:
+        output.check_file(out)
     if not (seqlen == "max" or seqlen.isdigit()):
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
     if not (batch_size == "auto" or batch_size.isdigit()):
@@ -77,14 +77,15 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    if record:
-        output.record(Path(model), "evaluation", result)
     if as_json:
         print(json.dumps(result))
     else:
         _show(result)
+    # after it is shown: a disk that is full by now does not take the result away
+    if out is not None:
+        output.write_json(out, result)
+    if record:
+        output.record(Path(model), "evaluation", result)
 
 
 def _show(result: dict[str, Any]) -> None:
