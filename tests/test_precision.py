@@ -17,7 +17,7 @@ SMALL = "model.layers.1.self_attn.q_proj.weight"
 
 def source(folder: Path, layout: str, dtype: torch.dtype) -> Path:
     model = tiny.build(layout)
-    if layout == "llama":
+    if dtype == torch.bfloat16:
         # below the smallest number of float16
         model.get_parameter(SMALL).data.mul_(1e-8)
     model.to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
@@ -83,4 +83,4 @@ def test_merged_layers_have_all_digits(tmp_path: Path) -> None:
     changed = report["structure"]["changed"]
     assert changed
     for name in changed:
-        assert float((sparse[name] != sparse[name].bfloat16().float()).float().mean()) > 0.9, name
+        assert float((sparse[name] != sparse[name].bfloat16().float()).float().mean()) > 0.5, name
