@@ -52,7 +52,7 @@ def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[st
             if hasattr(method, "turn"):
                 what = _rotation(model, config, Recipe(method=name, ratio=ratio))
             elif method.kind == "width":
-                what = _width(model, method, plan)
+                what = _width(model, method, plan, config, ratio)
             elif method.kind == "weight":
                 what = _weights(model, name, method)
             else:
@@ -85,16 +85,23 @@ def _experts(model: PreTrainedModel) -> dict[str, Any]:
     return {"what": f"{max(counts)} experts in each of {len(counts)} layers", "output": "plain"}
 
 
-def _width(model: PreTrainedModel, method: Any, plan: WidthPlan | UserError) -> dict[str, Any]:
+def _width(
+    model: PreTrainedModel, method: Any, plan: WidthPlan | UserError, config: Any, ratio: float
+) -> dict[str, Any]:
+    """In a plain class if there is one, else with code of its own if the method has units for that."""
     if isinstance(plan, UserError):
-        raise plan
+        if not method.whole:
+            raise plan
+        recipe = Recipe(ratio=ratio, allocation="uniform", layout="remote-code")
+        plan = plan_width(model, config, recipe, method.whole)
     method.check(model, plan.asked)
     slicing = plan.example()
     left = [f"{', '.join(map(str, counts))} {kind}s" for kind, counts in widths(slicing).items()]
     before = sum(one.numel() for one in model.parameters())
     after = before - slicing.parameters_removed
     what = f"{' and '.join(left)} a layer stay, {after:,} of {before:,} parameters"
-    return {"what": what, "output": f"plain ({plan.config_of(slicing).model_type})", "params_after": after}
+    output = "remote-code" if plan.ragged else f"plain ({plan.config_of(slicing).model_type})"
+    return {"what": what, "output": output, "params_after": after}
 
 
 def _rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llmprune.forecast import Forecast, Probe, Situation
 from llmprune.memory import Meter
 from llmprune.pipeline import Pruning, schedule_of
 from llmprune.progress import Reporter
-from llmprune.statistics import OF_WEIGHTS, of_text
+from llmprune.statistics import OF_WEIGHTS
 from llmprune.weights import Resident, Streamed
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
     meter = Meter(job.device)
     probe = Probe(job.plan, weights, job.method, meter, all_experts=job.recipe.calibration.all_experts)
     with torch.no_grad(), contextlib.closing(meter), job.prepared(weights):
-        found = probe.run_on(job.model, job.share.batches[0]) if job.method.needs else probe.run_without_data()
+        found = probe.run_on(job.model, job.share.batches[0]) if job.runs else probe.run_without_data()
     situation = Situation(
         job.plan,
         job.method,
@@ -92,7 +92,7 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
 def finished(job: Job, pruning: Pruning, weights: Streamed | Resident) -> bool:
     """Prune; False if the device ran out of memory on the way, and smaller batches may help."""
     try:
-        if of_text(job.method.needs):
+        if job.runs:
             pruning.run_on(job.model)
         else:
             pruning.run_without_data()

@@ -19,7 +19,7 @@ from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy
 from llmprune.memory import Meter, give_back, within_reach
 from llmprune.plan import Plan
-from llmprune.statistics import DRIFT, Stats, of_text
+from llmprune.statistics import DRIFT, MOMENTS, Stats, of_text
 from llmprune.types import Matrix, MatrixSpec, Method
 from llmprune.weights import Weights, read_matrix
 
@@ -75,7 +75,7 @@ class Probe:
     reconstructs = False
 
     def __init__(self, plan: Plan, weights: Weights, method: Method, meter: Meter, *, all_experts: bool) -> None:
-        self.kinds, self.all_experts = method.needs - {DRIFT}, all_experts
+        self.kinds, self.all_experts = method.needs - {DRIFT} or frozenset({MOMENTS}), all_experts
         self._plan, self._weights, self._method, self._meter = plan, weights, method, meter
         self.unit = max(plan.chosen_units(), key=lambda unit: _chosen(plan, unit))
         self.found = Measured()

@@ -55,7 +55,8 @@ class Job:
         self.recipe, self.ranks = recipe, current()
         self._kernels: dict[str, Any] = {}
         self.method: Any = method_of(recipe)
-        self._check_amount()
+        self.check_amount(recipe, self.method)
+        self.epochs = epochs_of(recipe)
         self._given, self._tokenizer, self._data = model, tokenizer, data
         self.folder = None if model is not None else resolve(recipe.model)
         self.checkpoint = None if self.folder is None else Checkpoint(self.folder)
@@ -73,23 +74,27 @@ class Job:
         self.plan = self._make_plan()
         if recipe.permute:
             check_reordering(self.model, recipe.budget())
-        reads = of_text(self.method.needs) or entry(allocation_of(recipe)).measures or recipe.permute
-        self.tokens = self._read_tokens() if reads else None
+        self.tokens = self._read_tokens() if self._reads_text() else None
         self.share = self._shared()
         self.forecast: Forecast | None = None
         self._order = Reordering()
         self.notes: list[str] = []  # what the user should know of how the run went
         self.output = None if out is None else SharedOutput(Path(out), self.fingerprint(), self.ranks)
 
-    def _check_amount(self) -> None:
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
         """Whether the recipe says how much to prune, and in a way that the method understands; raises UserError."""
-        if self.method.kind != "weight":
-            raise UserError(f"{self.recipe.method!r} is no method for weights")
-        self.recipe.budget()
-        if fits_layers(self.method) and self.ranks.count > 1:
-            raise UserError(f"{self.recipe.method!r} works in one process: start it without torchrun")
-        self.epochs = epochs_of(self.recipe)
-        self._allocator = allocator(allocation_of(self.recipe))
+        if method.kind != "weight":
+            raise UserError(f"{recipe.method!r} is no method for weights")
+        recipe.budget()
+        allocator(allocation_of(recipe))
+        if fits_layers(method) and current().count > 1:
+            raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
+
+    def _reads_text(self) -> bool:
+        """Whether the recipe takes calibration text."""
+        recipe = self.recipe
+        return self.runs or entry(allocation_of(recipe)).measures or recipe.permute
 
     def _check_engine(self) -> None:
         """Whether the recipe leaves a loaded model where it is, and as it is; raises UserError."""
@@ -104,6 +109,11 @@ class Job:
     @property
     def _splits(self) -> bool:
         return bool(getattr(self.method, "split", False))
+
+    @property
+    def runs(self) -> bool:
+        """Whether pruning runs the model on text: for its method, or to fit layers to their dense outputs."""
+        return of_text(self.method.needs) or self.epochs > 0
 
     def _make_plan(self) -> Plan:
         plan = select_matrices(self.model, self.recipe)
@@ -122,7 +132,7 @@ class Job:
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:
         """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
         with torch.no_grad():
-            allocate(self.plan, recipe, self.method, self._allocator, self.dense())
+            allocate(self.plan, recipe, self.method, allocator(allocation_of(recipe)), self.dense())
         return dict(self.plan.budgets)
 
     def dense(self) -> Dense:
@@ -253,7 +263,7 @@ class Job:
 
     def _weights(self, *, writing: bool) -> Streamed | Resident:
         if self.checkpoint is None:
-            return Resident(self.model)
+            return Resident(self.model, self.plan.units)
         output = self.output if writing else None
         weights = Streamed(self.model, self.checkpoint, output, self.plan.units, self.dtype, self.device)
         weights.prepare = self._order.apply

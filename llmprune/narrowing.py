@@ -16,7 +16,8 @@ from llmprune.checkpoint.surgery import graft
 from llmprune.engine.trunk import States, Trunk
 from llmprune.methods.structural import Narrow, Narrowed
 from llmprune.plan import Plan
-from llmprune.restructuring import WEIGHT_KEYS, Restructuring
+from llmprune.recipe import WEIGHT_KEYS, Recipe
+from llmprune.restructuring import Restructuring
 from llmprune.weights import Resident, Streamed
 from llmprune.width_plan import check_width, plan_width
 
@@ -24,16 +25,21 @@ from llmprune.width_plan import check_width, plan_width
 class Narrowing(Restructuring):
     """A checked recipe of a width method. As for `Job`, creating one writes nothing."""
 
-    def _check_amount(self) -> None:
-        self._refuse(("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
-        check_width(self.recipe)
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
+        recipe.refuse(("drop_layers", "drop_experts", *WEIGHT_KEYS), "takes out heads and channels")
+        check_width(recipe)
 
     def _make_plan(self) -> Plan:
-        self._width = plan_width(self.model, self._source_config(), self.recipe)
+        usual = self.method.whole if self.recipe.layout == "remote-code" else ()
+        self._width = plan_width(self.model, self._source_config(), self.recipe, usual)
         self._asked: Narrow = self._width.asked
         self.method.check(self.model, self._asked)
         self._slicing = self._width.example()
         return Plan(find_layers(self.model, head=False))
+
+    def _reads_text(self) -> bool:
+        return super()._reads_text() or self._asked.influence
 
     def describe_plan(self) -> dict[str, Any]:
         plan = super().describe_plan()

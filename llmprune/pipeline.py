@@ -101,7 +101,8 @@ class Pruning:
             self._loaded.add(unit.name)
 
     def enter_dense(self, unit: Unit) -> None:
-        if unit.name in self._finished:
+        # what a unit borrows may be pruned already
+        if unit.name in self._finished or unit.borrowed:
             self._weights.load(unit, dense=True)
         else:
             self.enter(unit)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -57,13 +58,15 @@ class Width(Strict):
     """What heads and channels may go."""
 
     units: Names = Field(
-        default_factory=list, description="kv-group, query-head or value-dimension, channel, expert-channel, residual"
+        default_factory=list,
+        description="kv-group, query-head or key-dimension and value-dimension, channel, expert-channel, residual",
     )
     round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
     protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
     protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
     generations: int = Field(default=30, ge=1, description="of allocation=evolutionary")
     offspring: int = Field(default=32, ge=1, description="candidates in each generation")
+    temperature: float = Field(default=0.1, gt=0, description="of allocation=influence: higher is more even")
 
 
 class Engine(Strict):
@@ -93,6 +96,11 @@ class Override(Strict):
         return Budget.of(self.sparsity, Pattern.parse(self.pattern))
 
 
+# Keys that say which weights become zero: they mean nothing where heads, layers or experts go.
+WEIGHT_KEYS = (
+    *("sparsity", "pattern", "targets", "ignore", "overrides"),
+    *("refine", "update", "retarget", "reconstruct"),
+)
 # Amounts of what is not weights.
 AMOUNTS = ("drop_layers", "drop_experts", "ratio", "params")
 
@@ -168,6 +176,12 @@ class Recipe(Strict):
         if not pattern.structured and self.sparsity is None:
             raise UserError("say how much to prune: a sparsity such as 0.5, or a pattern such as 2:4")
         return Budget.of(self.sparsity, pattern)
+
+    def refuse(self, keys: Iterable[str], does: str) -> None:
+        """Raise UserError if one of these keys is set, which has no meaning for what the method does."""
+        for key in keys:
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise UserError(f"{key} has no meaning for {self.method!r}, which {does}")
 
     def check_share(self) -> None:
         """Whether `ratio` or `params` says how much of the width goes; raises UserError."""
@@ -273,14 +287,15 @@ def stages_of(recipe: Recipe) -> list[Recipe]:
         return _steps_of(recipe) if recipe.steps > 1 else []
     if recipe.steps > 1:
         raise UserError("steps belongs to a recipe without stages")
-    base = recipe.model_dump(exclude={"stages", *OWN})
+    # what was left open stays open, so that a stage may fit it to the memory
+    base = recipe.model_dump(exclude={"stages", *OWN}, exclude_unset=True)
     fields = type(recipe).model_fields
     outside = [key for key in OWN if getattr(recipe, key) != fields[key].get_default(call_default_factory=True)]
     if outside:
         raise UserError(f"{outside[0]} belongs into one of the stages, not beside them")
     for stage in recipe.stages:
-        if "stages" in stage or "model" in stage:
-            raise UserError("a stage has neither a model nor stages of its own")
+        if own := {"stages", "steps", "model"} & stage.keys():
+            raise UserError(f"a stage has neither a model nor stages or steps of its own, but this one has {min(own)}")
     return [validate(_merged(base, stage)) for stage in recipe.stages]
 
 

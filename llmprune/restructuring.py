@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -18,9 +18,9 @@ from llmprune import record
 from llmprune.arch.discover import expert_blocks, expert_count, find_units, parameter_count
 from llmprune.checkpoint.layer_lists import expert_groups, layer_of_keys, refuse_shared_layers
 from llmprune.checkpoint.remote import FILE, add_code, add_entries
-from llmprune.checkpoint.skeleton import build_skeleton, load_config, rebuild_layers
+from llmprune.checkpoint.skeleton import Routing, build_skeleton, load_config, rebuild_layers
 from llmprune.checkpoint.surgery import Cutter, Surgery, cut_in_place, edited_config, shared_experts
-from llmprune.checkpoint.verify import verify
+from llmprune.checkpoint.verify import token_ids, verify
 from llmprune.engine.absent import entries_for, zeros_for
 from llmprune.engine.search import run_without
 from llmprune.engine.trunk import States, Trunk, holding
@@ -30,6 +30,7 @@ from llmprune.memory import PeakMemory, within_memory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
+from llmprune.recipe import WEIGHT_KEYS, Recipe
 from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
 from llmprune.types import RunError, UserError
@@ -44,11 +45,6 @@ ROUTER = (
     "went to the others are routed anew, and their gates are not added up (an approximation); layout=remote-code keeps "
     "all rows"
 )
-# Recipe keys that say which weights become zero: they mean nothing here.
-WEIGHT_KEYS = (
-    *("sparsity", "pattern", "targets", "ignore", "overrides"),
-    *("refine", "update", "retarget", "reconstruct"),
-)
 
 
 class Restructuring(Job):
@@ -56,17 +52,19 @@ class Restructuring(Job):
 
     # halves of layers that put out nothing, as soon as that is decided
     _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+    _expected: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what `_expect` said of them
 
-    def _check_amount(self) -> None:
-        recipe, kind = self.recipe, self.method.kind
-        self._refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
+        kind = method.kind
+        recipe.refuse(("allocation", "ratio", "params", "width", *WEIGHT_KEYS), f"leaves out whole {_units(kind)}")
         wanted, other = ("drop_layers", "drop_experts") if kind == "depth" else ("drop_experts", "drop_layers")
         if getattr(recipe, wanted) is None:
             example = "drop_layers=4, or drop_layers=5,6,7" if kind == "depth" else "drop_experts=0.25"
             raise UserError(f"say how much {recipe.method!r} should leave out: {example}")
         if getattr(recipe, other) is not None:
             raise UserError(f"{recipe.method!r} leaves out {_units(kind)}; it cannot do {other}")
-        if isinstance(recipe.drop_layers, list) and not self.method.takes_list:
+        if isinstance(recipe.drop_layers, list) and not method.takes_list:
             raise UserError(
                 f"{recipe.method!r} chooses the layers itself: give their number; to name them leave out the method"
             )
@@ -74,12 +72,8 @@ class Restructuring(Job):
         if share is not None and not 0 < share < 1:
             raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
 
-    def _refuse(self, keys: Iterable[str], does: str) -> None:
-        """Raise UserError if one of these recipe keys is set, which has no meaning for what the method does."""
-        for key in keys:
-            field = type(self.recipe).model_fields[key]
-            if getattr(self.recipe, key) != field.get_default(call_default_factory=True):
-                raise UserError(f"{key} has no meaning for {self.recipe.method!r}, which {does}")
+    def _reads_text(self) -> bool:
+        return bool(self.method.needs)
 
     def _make_plan(self) -> Plan:
         refuse_shared_layers(self.config)
@@ -155,9 +149,10 @@ class Restructuring(Job):
         with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
             trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
             decision = self._decide(trunk, weights)
-            if not self.share.batches:
-                self._try_layers(weights)
         reporter.say(self._settle(decision))
+        if not self.share.batches:
+            # no layer has run yet: that one cannot run by itself shows here, before anything is written
+            self._expect(token_ids(self.model))
         if isinstance(weights, Resident):
             self._cut_in_place()
         if self.output is None:
@@ -191,15 +186,9 @@ class Restructuring(Job):
             decision.surgery = surgery.with_values(zeros_for(self.plan.units, surgery.silent))
         return decision
 
-    def _try_layers(self, weights: Streamed | Resident) -> None:
-        """Run the layers one at a time, as checking the result will, before anything is written; raises UserError."""
-        trunk = self._short(weights)
-        for _ in trunk.walk(trunk.enter()):
-            pass
-
     def _short(self, weights: Streamed | Resident) -> Trunk:
         """The layers on a few tokens."""
-        ids = torch.arange(1, 9, device=self.device).unsqueeze(0)
+        ids = token_ids(self.model).to(self.device)
         return Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
 
     def _settle(self, decision: Decision) -> str:
@@ -218,6 +207,8 @@ class Restructuring(Job):
         """The new configuration, an empty model of it, and the edit; raises UserError."""
         config, new = self._built(edited_config(self.model, self._source_config(), surgery))
         cutter = Cutter(self.model, new, surgery)
+        if self.checkpoint is not None:
+            cutter.check_keys(self._owners()[1])
         if surgery.entries:
             placed = [surgery.entries.get(index, {}) for index in surgery.layers]
             rebuild_layers(new, cutter.path, placed)
@@ -237,13 +228,15 @@ class Restructuring(Job):
         with tempfile.TemporaryDirectory() as folder:
             edited.save_pretrained(folder)
             config = load_config(folder, trust_remote_code=trust) if "auto_map" not in vars(edited) else edited
-        return config, build_skeleton(copy.deepcopy(config), self.dtype, trust_remote_code=trust)
+        try:
+            return config, build_skeleton(copy.deepcopy(config), self.dtype, trust_remote_code=trust)
+        except ValueError as error:
+            raise UserError(f"{type(self.model).__name__} cannot be built without what would go: {error}") from error
 
     def _write(self, weights: Streamed) -> None:
         """Write the new checkpoint a layer at a time."""
         assert self.output is not None and self.checkpoint is not None
-        feeds = {key: name for name, group in weights.routing.groups.items() for key in group.keys}
-        owner = layer_of_keys(feeds, [unit.prefix for unit in self.plan.units], list(self.checkpoint.entries))
+        feeds, owner = self._owners()
         layers, decided = self._layers(), self._decided()
         files = 1 + len(layers)
         if REST not in self.output.records:
@@ -263,6 +256,13 @@ class Restructuring(Job):
             tensors = self._inside(weights, index, feeds, unused)
             self.output.write(f"layer {index}", (2 + place, files), tensors, {})
             self.checkpoint.close()
+
+    def _owners(self) -> tuple[dict[str, str], dict[str, int]]:
+        """Which parameter every tensor of the checkpoint feeds, and to which layer it belongs, where it does."""
+        assert self.checkpoint is not None
+        groups = Routing(self.model, self.checkpoint).groups
+        feeds = {key: name for name, group in groups.items() for key in group.keys}
+        return feeds, layer_of_keys(feeds, [unit.prefix for unit in self.plan.units], list(self.checkpoint.entries))
 
     def _layers(self) -> list[int]:
         """The layers of the old model that the new one has."""
@@ -309,7 +309,7 @@ class Restructuring(Job):
             return verify(folder, None, unused, trust_remote_code=trust)
         return verify(
             folder,
-            self._logits_of_old_model,
+            self._expect,
             unused,
             of="of the old model, its layers skipped and changed in memory",
             dtype=self.dtype,
@@ -324,6 +324,12 @@ class Restructuring(Job):
     def _comparable(self) -> bool:
         """Whether the old model computes the same with layers skipped and other values in the rest."""
         return not self._decision.surgery.experts
+
+    def _expect(self, ids: torch.Tensor) -> torch.Tensor:
+        """`_logits_of_old_model`, once for the same tokens."""
+        if self._expected is None or not torch.equal(self._expected[0], ids):
+            self._expected = ids, self._logits_of_old_model(ids)
+        return self._expected[1]
 
     @torch.no_grad()
     def _logits_of_old_model(self, ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from llmprune.checkpoint.rotation import Rotation, Turned
 from llmprune.engine.stream import projected, written
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
-from llmprune.restructuring import WEIGHT_KEYS, Restructuring
+from llmprune.recipe import WEIGHT_KEYS, Recipe
+from llmprune.restructuring import Restructuring
 from llmprune.rotation_plan import plan_rotation
 from llmprune.weights import Resident, Streamed
 
@@ -22,8 +23,9 @@ from llmprune.weights import Resident, Streamed
 class Rotating(Restructuring):
     """A checked recipe of a method that turns the hidden state. As for `Job`, creating one writes nothing."""
 
-    def _check_amount(self) -> None:
-        self._refuse(("drop_layers", "drop_experts", "allocation", *WEIGHT_KEYS), "makes the hidden state narrower")
+    @staticmethod
+    def check_amount(recipe: Recipe, method: Any) -> None:
+        recipe.refuse(("drop_layers", "drop_experts", "allocation", *WEIGHT_KEYS), "makes the hidden state narrower")
 
     def _make_plan(self) -> Plan:
         self._rotation_plan = plan_rotation(self.model, self._source_config(), self.recipe)

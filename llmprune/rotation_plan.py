@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.arch.discover import expert_blocks
+from llmprune.arch.discover import find_units as find_layers
 from llmprune.arch.roles import Roles
 from llmprune.arch.stream import Stream
 from llmprune.arch.units import RESIDUAL, find_units
@@ -92,6 +94,11 @@ def plan_rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> Rotati
         raise UserError(
             f"no plain class holds a {type(model).__name__} with fewer dimensions of the hidden state; ask for "
             "layout=remote-code"
+        )
+    if not shared and any(True for layer in find_layers(model, head=False) for _ in expert_blocks(layer.module)):
+        raise UserError(
+            "layout=remote-code makes the last layer put out more dimensions than it takes in, but the products of fused "
+            "experts take and give the same number; leave the layout plain"
         )
     return _widest(RotationPlan(model, config, stream, shared), recipe)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedModel
 
 from llmprune import ranks
 from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
-from llmprune.checkpoint.source import resolve
+from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.methods import method_class, method_of
@@ -47,42 +50,86 @@ def run(
     first stage, since the others depend on what it leaves.
     """
     stages = stages_of(recipe)
-    if any(getattr(method_of(stage), "split", False) for stage in stages[:-1]):
-        raise UserError(
-            "split stores an adapter, which the stage or step after it would lose: split in the last stage, in one step"
-        )
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
     if ranks.current().count > 1:
         raise UserError("stages run in one process: start each as a run of its own, or without torchrun")
+    _check(stages)
+    between: list[Path] = []
     if out is not None:
         out = out.expanduser().resolve()
         source = None if model is not None else resolve(recipe.model)
         if resume and (finished := _finished(out, recipe)):
             reporter.say(f"{out} is already finished")
             return Result(finished, out, recipe.trust_remote_code)
-        Output(out, "").check(source=source, resume=resume, overwrite=overwrite)
+        if model is None:
+            between = [out.with_name(f"{out.name}.stage{number}") for number in range(1, len(stages))]
+        # a run that was killed at its very end has the output of its last stage, but not yet the joined report
+        ended = resume and between and _finished(out, _reading(stages[-1], between[-1]))
+        # on resuming, only the stage itself can tell whether what lies in its folder is its own
+        for folder in ([] if resume else between) + ([] if ended else [out]):
+            Output(folder, "").check(source=source, resume=resume, overwrite=overwrite)
+    folders = [*between, out] if between else [*[None] * (len(stages) - 1), out]
     reports: list[dict[str, Any]] = []
-    between: list[Path] = []
-    for number, stage in enumerate(stages, 1):
-        last = number == len(stages)
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), 1):
         reporter.say(f"stage {number} of {len(stages)}: {stage.method}")
-        folder = out if last or out is None else out.with_name(f"{out.name}.stage{number}")
-        if model is not None:
-            folder = out if last else None
-        if between:
-            stage = stage.model_copy(update={"model": str(between[-1])})
+        if number > 1 and between:
+            stage = _reading(stage, between[number - 2])
         result = _job(stage, model, tokenizer, data, folder, resume, overwrite, False, reporter)
         reports.append(result.report)
-        if folder is not None and not last:
-            between.append(folder)
-    report = {**reports[-1], "recipe": recipe.model_dump(mode="json"), "stages": reports}
-    report["totals"] = {**report["totals"], "params_before": reports[0]["totals"]["params_before"]}
+        if model is not None:  # some stages make a new one
+            model = result.model
+    report = _joined(recipe, reports, zeros_in(out, model))
     if out is not None:
         write_json(out / REPORT_NAME, report)
-    for folder in between:
-        shutil.rmtree(folder)
+    for one in between:
+        shutil.rmtree(one)
     return Result(report, out, recipe.trust_remote_code, model, tokenizer)
+
+
+def _reading(stage: Recipe, folder: Path) -> Recipe:
+    return stage.model_copy(update={"model": str(folder)})
+
+
+def _check(stages: list[Recipe]) -> None:
+    """What is wrong with any of the stages, as far as it can be said before the first; raises UserError."""
+    methods = [method_of(stage) for stage in stages]
+    for stage, method in zip(stages, methods, strict=True):
+        _kind(method).check_amount(stage, method)
+    if any(getattr(method, "split", False) for method in methods[:-1]):
+        raise UserError(
+            "split stores an adapter, which the stage or step after it would lose: split in the last stage, in one step"
+        )
+
+
+def _joined(recipe: Recipe, reports: list[dict[str, Any]], zeros: int) -> dict[str, Any]:
+    """The report of the last stage, with what is to be said of all of them, and theirs under `stages`."""
+    last, runs = reports[-1], [one["run"] for one in reports]
+    peaks = [one["peak_memory"] for one in runs]
+    return {
+        **last,
+        "recipe": recipe.model_dump(mode="json"),
+        "warnings": list(dict.fromkeys(warning for one in reports for warning in one["warnings"])),
+        "totals": {**last["totals"], "params_before": reports[0]["totals"]["params_before"], "zeros": zeros},
+        "run": {
+            **last["run"],
+            "seconds": sum(one["seconds"] for one in runs),
+            "peak_memory": {key: max(one[key] for one in peaks) for key in peaks[-1]},
+            "notes": list(dict.fromkeys(note for one in runs for note in one["notes"])),
+        },
+        "stages": reports,
+    }
+
+
+def zeros_in(folder: Path | None, model: Model) -> int:
+    """How many weights are zero in the matrices of the layers, which are those with a number in their name."""
+    if folder is None:
+        assert model is not None
+        named: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
+    else:
+        checkpoint = Checkpoint(folder)
+        named = ((name, checkpoint.tensor(name)) for name in checkpoint.entries)
+    return sum(int((one == 0).sum()) for name, one in named if one.dim() > 1 and re.search(r"\.\d+\.", name))
 
 
 def _job(
@@ -98,9 +145,7 @@ def _job(
 ) -> Result:
     started = time.perf_counter()
     with PeakMemory() as memory:
-        method = method_class(recipe.method)
-        # a method that turns the hidden state is one for the width, but changes every parameter
-        kind = Rotating if hasattr(method, "turn") else KINDS[method.kind]
+        kind = _kind(method_class(recipe.method))
         if kind is not Job and ranks.current().count > 1:
             raise UserError(f"{recipe.method!r} works in one process: start it without torchrun")
         job = kind(recipe, model, tokenizer, data, out)
@@ -112,6 +157,11 @@ def _job(
         finally:
             if job.output is not None:
                 job.output.close()
+
+
+def _kind(method: Any) -> type[Job]:
+    """The job that carries out a method; one that turns the hidden state is for the width, but changes every parameter."""
+    return Rotating if hasattr(method, "turn") else KINDS[method.kind]
 
 
 def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:

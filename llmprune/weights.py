@@ -52,14 +52,27 @@ class Weights(Loads, Protocol):
 
 
 class Resident:
-    """A model that the caller loaded: it is pruned where it lies."""
+    """A model that the caller loaded: it is pruned where it lies.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    What one of `units` lends to others is kept as it was, for when these are wanted dense.
+    """
+
+    def __init__(self, model: PreTrainedModel, units: Iterable[Unit] = ()) -> None:
         self._model = model
         self.records: dict[str, dict[str, Any]] = {}
+        lent = {source for unit in units for source in unit.borrowed.values()}
+        self._aside = {name: model.get_parameter(name).detach().clone() for name in lent}
+        self._dense = False  # whether what is aside is not the dense values but the others
 
     def load(self, unit: Unit, *, dense: bool = False) -> None:
-        pass
+        if dense == self._dense:
+            return
+        for name, aside in self._aside.items():
+            place = self._model.get_parameter(name).data
+            held = place.clone()
+            place.copy_(aside)
+            aside.copy_(held)
+        self._dense = dense
 
     def free(self, unit: Unit) -> None:
         pass
@@ -72,7 +85,7 @@ class Resident:
         return dtype
 
     def places(self, unit: Unit, parameter: str) -> list[torch.Tensor]:
-        return [_loaded(unit, parameter).data]
+        return [_parameter(unit, parameter).data]
 
     def done(self) -> set[str]:
         return set()
@@ -107,13 +120,16 @@ class Streamed:
         self._dtype, self._device = dtype, device
         # of the loaded units: parameters that `dtype` would round, by name, in float32 on the CPU
         self._exact: dict[str, torch.Tensor] = {}
+        self._units = units
         self._prefixes = [unit.prefix for unit in units]
+        self._loaded: set[str] = set()
         missing = self._routing.missing()
         if missing:
             raise UserError(f"{checkpoint.folder} lacks the tensor {missing[0]} that its configuration calls for")
         misfits = self._routing.misfits()
         if misfits:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {misfits[0]} has another shape")
+        self._check_tied()
         for buffer_owner in model.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 buffer_owner._buffers[name] = buffer.to(device)
@@ -127,24 +143,25 @@ class Streamed:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
         self._forget(unit)
-        overlay = self._parent if dense else None
-        finished = self._output is not None and unit.name in self.done() and not dense
-        if self._output is not None and finished:
-            overlay = self._output.written(unit.name)
-        rounded = [] if finished else self._rounded(unit)
-        if not rounded:
-            self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
-        else:
+        overlay = self._overlay(unit, dense=dense)
+        fresh = dense or unit.name not in self.done()
+        rounded = self._rounded(unit) if fresh else []
+        if rounded:
             computed = self._load_exact(unit, overlay)
-        if not finished:
+        else:
+            self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
+        self._borrow(unit, dense=dense)
+        self._loaded.add(unit.name)
+        if fresh:
             self.prepare(unit)
         if rounded:
-            self._exact.update({name: _loaded(unit, name).data for name in rounded})
+            self._exact.update({name: _parameter(unit, name).data for name in rounded})
             _recast(unit.module, self._device, computed)
 
     def free(self, unit: Unit) -> None:
         _to_meta(unit.module)
         self._forget(unit)
+        self._loaded.discard(unit.name)
         self._checkpoint.close()
 
     def fetch(self, parameters: Iterable[str]) -> None:
@@ -160,7 +177,7 @@ class Streamed:
 
     def places(self, unit: Unit, parameter: str) -> list[torch.Tensor]:
         exact = self._exact.get(parameter)
-        return [_loaded(unit, parameter).data, *([] if exact is None else [exact])]
+        return [_parameter(unit, parameter).data, *([] if exact is None else [exact])]
 
     def done(self) -> set[str]:
         return set(self._output.records) if self._output else set()
@@ -197,8 +214,11 @@ class Streamed:
 
     def _load_exact(self, unit: Unit, overlay: Checkpoint | None) -> dict[str, torch.dtype]:
         """Load a unit on the CPU in float32, which every stored dtype fits; returns the dtypes that forwards need."""
-        parameters = unit.module.named_parameters()
-        computed = {name: one.dtype for name, one in parameters if one.dtype.is_floating_point}
+        computed = {
+            name: one.dtype
+            for name, one in unit.module.named_parameters()
+            if one.dtype.is_floating_point and unit.prefix + name not in unit.borrowed
+        }
         # the loader keeps to the dtype of the parameter that it fills
         _recast(unit.module, torch.device("meta"), dict.fromkeys(computed, torch.float32))
         self._routing.load(self._routing.keys_under(unit.prefix), torch.float32, torch.device("cpu"), overlay)
@@ -266,6 +286,37 @@ class Streamed:
             if not self._inside(name):
                 _to_meta(module, recurse=False)
 
+    def _overlay(self, unit: Unit, *, dense: bool) -> Checkpoint | None:
+        """Where the tensors of a unit lie, if not in the checkpoint."""
+        if dense or self._output is None:
+            return self._parent if dense else None
+        return self._output.written(unit.name) if unit.name in self.done() else None
+
+    def _borrow(self, unit: Unit, *, dense: bool) -> None:
+        """Give a unit the parameters that are those of other units, loaded for it where these are not."""
+        for lender in self._units:
+            lent = {name: source for name, source in unit.borrowed.items() if source.startswith(lender.prefix)}
+            absent = lent and lender.name not in self._loaded
+            if absent:
+                keys = [key for source in lent.values() for key in self._routing.group_of(source).keys]
+                self._routing.load(keys, self._dtype, self._device, self._overlay(lender, dense=dense))
+            for name, source in lent.items():
+                place, _, short = name.rpartition(".")
+                self._model.get_submodule(place)._parameters[short] = self._model.get_parameter(source)
+            if absent:
+                _to_meta(lender.module)
+
+    def _check_tied(self) -> None:
+        """Raise UserError if the checkpoint stores tied parameters of units twice, with different values."""
+        stored = self._routing.groups
+        for name, source in ((name, one) for unit in self._units for name, one in unit.borrowed.items()):
+            pairs = zip(stored[name].keys, stored[source].keys, strict=True) if name in stored else ()
+            if not all(torch.equal(*map(self._checkpoint.tensor, pair)) for pair in pairs):
+                raise UserError(
+                    f"{self._checkpoint.folder} stores other values for {name} than for {source}, which its configuration "
+                    "ties together; set tie_word_embeddings to false in its config.json"
+                )
+
     def _inside(self, name: str) -> bool:
         return any(f"{name}.".startswith(prefix) for prefix in self._prefixes)
 
@@ -284,7 +335,7 @@ def read_matrix(weights: Weights, unit: Unit, spec: MatrixSpec) -> torch.Tensor:
     """The weights of a matrix, as exact as they are stored, as float32, outputs x inputs: a copy."""
     *_, exact = weights.places(unit, spec.parameter)
     laid_out = _part(exact, spec)
-    device = _loaded(unit, spec.parameter).device
+    device = _parameter(unit, spec.parameter).device
     return (laid_out.T if spec.transposed else laid_out).to(device, torch.float32, copy=True)
 
 
@@ -296,14 +347,14 @@ def write_matrix(weights: Weights, unit: Unit, spec: MatrixSpec, weight_OI: torc
 
 def stored_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
     """The matrix as it lies in its parameter, where forwards see it: a view."""
-    return _part(_loaded(unit, spec.parameter).data, spec)
+    return _part(_parameter(unit, spec.parameter).data, spec)
 
 
 def _part(parameter: torch.Tensor, spec: MatrixSpec) -> torch.Tensor:
     return parameter if spec.index is None else parameter[spec.index]
 
 
-def _loaded(unit: Unit, parameter: str) -> nn.Parameter:
+def _parameter(unit: Unit, parameter: str) -> nn.Parameter:
     return unit.module.get_parameter(parameter.removeprefix(unit.prefix))
 
 

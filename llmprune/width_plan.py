@@ -14,7 +14,18 @@ from transformers import PreTrainedModel
 from llmprune.allocation.evolution import Evolution
 from llmprune.allocation.widths import HEADS, Demand, Entry, spread_of
 from llmprune.arch.roles import Roles
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, Units, find_units
+from llmprune.arch.units import (
+    CHANNEL,
+    EXPERT_CHANNEL,
+    KEY,
+    KV_GROUP,
+    QUERY_HEAD,
+    RESIDUAL,
+    VALUE,
+    WITHIN_HEADS,
+    Units,
+    find_units,
+)
 from llmprune.checkpoint.narrow import Room, check_shapes, holds, layer_entries, narrow_config, with_biases
 from llmprune.checkpoint.remote import add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, rebuild_layers
@@ -23,7 +34,7 @@ from llmprune.methods.structural import Narrow
 from llmprune.recipe import Recipe, nearest
 from llmprune.types import UserError
 
-KINDS = (KV_GROUP, QUERY_HEAD, VALUE, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
+KINDS = (KV_GROUP, QUERY_HEAD, KEY, VALUE, CHANNEL, EXPERT_CHANNEL, RESIDUAL)
 USUAL = (KV_GROUP, CHANNEL, EXPERT_CHANNEL)
 # rows of fused experts start at multiples of 16 bytes, in formats of 2 bytes
 EXPERT_STEP = 8
@@ -54,7 +65,7 @@ class WidthPlan:
     def config_of(self, slicing: Slicing, biases: Sequence[str] = ()) -> Any:
         """The new configuration; raises UserError where no class has one."""
         config = copy.deepcopy(self.config) if self.ragged else narrow_config(self.model, self.config, slicing)
-        return with_biases(config, biases) if biases else config
+        return with_biases(config, biases, self.config) if biases else config
 
     def differ(self, slicing: Slicing, new: PreTrainedModel, *configs: Any) -> None:
         """Where every layer may have a width of its own: change those of an empty model, and tell configurations."""
@@ -75,19 +86,23 @@ class WidthPlan:
         return found
 
 
-def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan:
-    """Check a width recipe against a model, whose weights are not read; `config`: as it was stored. Raises UserError."""
+def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe, usual: Sequence[str] = ()) -> WidthPlan:
+    """Check a width recipe against a model, whose weights are not read; `config`: as it was stored. Raises UserError.
+
+    `usual`: the units that go where the recipe names none, instead of `USUAL`.
+    """
     check_width(recipe)
     settings, spread = recipe.width, spread_of(recipe.allocation or "uniform")
+    usual = usual or USUAL
     roles = Roles(model)
     depth = len(roles.layers)
     if settings.protect_first + settings.protect_last >= depth:
         raise UserError(f"all of the {depth} layers are protected; at least one must lose heads or channels")
     ragged = recipe.layout == "remote-code"
-    # what plain classes hold does not matter for value dimensions with code of their own, and is another question below
-    aside = (RESIDUAL, VALUE) if ragged else (RESIDUAL,)
-    room = Room.of(model, config, roles, [one for one in settings.units or USUAL if one not in aside])
-    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units))}
+    # what plain classes hold does not matter for parts of heads with code of their own, and is another question below
+    aside = (RESIDUAL, *WITHIN_HEADS) if ragged else (RESIDUAL,)
+    room = Room.of(model, config, roles, [one for one in settings.units or usual if one not in aside])
+    units = {(one.layer, one.kind): one for one in find_units(roles, _kinds(roles, room, settings.units, usual))}
     _check_kinds(recipe, roles, {kind for _, kind in units})
     free = range(settings.protect_first, depth - settings.protect_last)
     losing = {place: one for place, one in units.items() if place[0] in free}
@@ -101,7 +116,7 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe) -> WidthPlan
         losing = {place: one for one in narrower if (place := (one.layer, one.kind)) in losing}
     # where heads become zeros, any number of them may
     heads = room.heads or range(1, max((one.size for one in units.values() if one.kind in HEADS), default=1))
-    demand = Demand(losing, needed, heads, settings.round_to)
+    demand = Demand(losing, needed, heads, settings.round_to, settings.temperature)
     # called when the plan is there
     always = {HIDDEN: len(hidden.removed[HIDDEN])} if hidden else {}
     search = Evolution(demand, settings.generations, settings.offspring, recipe.seed) if spread.searched else None
@@ -144,8 +159,9 @@ def check_width(recipe: Recipe) -> None:
             raise UserError(f"unknown unit {kind!r}{nearest(kind, list(KINDS))}")
     if set(recipe.width.units) >= {KV_GROUP, QUERY_HEAD}:
         raise UserError(f"units {KV_GROUP} and {QUERY_HEAD} overlap; take out one of them")
-    if VALUE in recipe.width.units and {KV_GROUP, QUERY_HEAD} & set(recipe.width.units):
-        raise UserError(f"units {VALUE} are parts of heads; take out either heads or {VALUE}s")
+    parts = [kind for kind in recipe.width.units if kind in WITHIN_HEADS]
+    if parts and {KV_GROUP, QUERY_HEAD} & set(recipe.width.units):
+        raise UserError(f"units {parts[0]} are parts of heads; take out either heads or {parts[0]}s")
 
 
 def _asked(
@@ -163,7 +179,8 @@ def _asked(
     def spread(scores: Mapping[Place, torch.Tensor]) -> dict[Place, int]:
         return {**none, **always, **(entry.spread(demand, scores) if demand.parameters else {})}
 
-    return Narrow(roles, units, spread, entry.scored and demand.parameters > 0, check_biases, search)
+    scored = entry.scored and demand.parameters > 0
+    return Narrow(roles, units, spread, scored, check_biases, search, scored and entry.influence)
 
 
 def _narrow_hidden(
@@ -213,12 +230,18 @@ def _check_biases(plan: WidthPlan, names: Sequence[str]) -> None:
     check_shapes(new, slicing, names)
 
 
-def _kinds(roles: Roles, room: Room, wanted: Sequence[str]) -> Sequence[str]:
+def _kinds(roles: Roles, room: Room, wanted: Sequence[str], usual: Sequence[str]) -> Sequence[str]:
     """The units that go: those asked for, else the usual ones that the class can hold fewer of."""
     lacking = [kind for kind in wanted if not find_units(roles, [kind])]
+    if KEY in lacking:
+        norm = roles.layers[0].attention.between[0]
+        raise UserError(
+            f"queries and keys pass {norm}, which reads all dimensions of a head: with fewer of them those that stay would "
+            f"change, so no {KEY}s can go; name other units"
+        )
     if lacking:
         raise UserError(f"a {type(roles.model).__name__} has no {lacking[0]}s that could go; name other units")
-    kinds = wanted or [one for one in USUAL if one not in room.fixed]
+    kinds = wanted or [one for one in usual if one not in room.fixed]
     if not find_units(roles, kinds):
         raise UserError(
             f"no plain class holds a {type(roles.model).__name__} with fewer {' or '.join(wanted or ('heads', 'channels'))}; "

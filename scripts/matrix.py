@@ -1,7 +1,7 @@
 """The tests on every supported Python and transformers that can be had, with the optional parts and without.
 
     python scripts/matrix.py               # all; writes benchmarks/matrix.md and .json
-    python scripts/matrix.py --only 3.13   # the rows of one Python; prints only
+    python scripts/matrix.py --only 3.13   # the rows of one Python; the others stay in the record as they are
 
 Each row gets an environment of its own, from `scripts/setup-env`. Interpreters are those on the PATH and in pyenv.
 """
@@ -9,6 +9,8 @@ Each row gets an environment of its own, from `scripts/setup-env`. Interpreters 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import shutil
 import subprocess
@@ -81,6 +83,7 @@ def run(row: Row, python: str, folder: Path, workers: str) -> dict[str, Any]:
     return {
         **row._asdict(),
         "versions": found,
+        "date": datetime.date.today().isoformat(),
         "passed": tests - failures - errors - skipped,
         "skipped": skipped,
         "failed": failures + errors,
@@ -93,26 +96,34 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the rows of this Python version")
     parser.add_argument("--workers", default="auto", help="processes of pytest")
     arguments = parser.parse_args()
-    rows, missing = [], []
+    path = record.FOLDER / "matrix.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    found = {Row(*(one[key] for key in Row._fields)): one for one in before}
     for row in ROWS:
         python = interpreter(row.python) if row.python.startswith(arguments.only) else None
-        if python is None:
-            missing.append(row)
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(run(row, python, Path(folder), arguments.workers))
-        print(rows[-1], flush=True)
+        if python is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                found[row] = run(row, python, Path(folder), arguments.workers)
+            print(found[row], flush=True)
+            save([found[one] for one in ROWS if one in found])
+    sys.exit(any(row["failed"] for row in found.values()))
+
+
+def save(rows: list[dict[str, Any]]) -> None:
+    """Write the record, with what it lacks."""
     text = record.table(
-        ["Python", "transformers", "optional parts", "passed", "skipped", "failed"],
-        [[*row["versions"], row["parts"], str(row["passed"]), str(row["skipped"]), str(row["failed"])] for row in rows],
+        ["Python", "transformers", "optional parts", "date", "passed", "skipped", "failed"],
+        [
+            [*row["versions"], row["parts"], row["date"], *(str(row[key]) for key in ("passed", "skipped", "failed"))]
+            for row in rows
+        ],
     )
-    text += "".join(f"\nNot run, for want of the interpreter: {', '.join(row)}.\n" for row in missing)
+    there = {Row(*(row[key] for key in Row._fields)) for row in rows}
+    text += "".join(f"\nNot run yet: {', '.join(row)}.\n" for row in ROWS if row not in there)
     text += "".join(
         f"\nFailed on Python {row['python']}: {', '.join(row['broken'])}.\n" for row in rows if row["broken"]
     )
-    if not arguments.only:
-        record.save("matrix", {"environment": record.environment(), "rows": rows}, text)
-    sys.exit(any(row["failed"] for row in rows))
+    record.save("matrix", {"environment": record.environment(), "rows": rows}, text)
 
 
 if __name__ == "__main__":

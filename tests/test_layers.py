@@ -59,6 +59,20 @@ def test_with_a_fit_of_the_weights_after_it(method: str) -> None:
     assert first["after"] < first["before"]
 
 
+@pytest.mark.parametrize("layout", ["llama", "gpt-oss"])
+def test_a_fit_after_a_method_that_needs_no_text(layout: str, tmp_path: Path) -> None:
+    model = tiny.save(layout, tmp_path / "model")
+    plain, fitted = (
+        prune(model, "magnitude", reconstruct=epochs, out=tmp_path / str(epochs)).report for epochs in (0, 3)
+    )
+    assert plain["calibration"] is None and fitted["calibration"] is not None
+    assert zeros_by_layer(plain, "achieved") == zeros_by_layer(fitted, "achieved")
+    for layer in fitted["layers"]:
+        assert layer["fit"]["after"] < layer["fit"]["before"]
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in "03")
+    assert all(torch.equal(value == 0, other[key] == 0) for key, value in one.items())
+
+
 @pytest.mark.parametrize("method", NAMES)
 def test_what_does_not_go_with_whole_layers_is_refused(method: str) -> None:
     for settings in ({"refine": "swaps"}, {"update": "least-squares"}, {"retarget": 0.5}):

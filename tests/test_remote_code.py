@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune
+from llmprune.calibration import load_tokenizer
 from llmprune.checkpoint.remote import FILE, trusted
 from llmprune.types import UserError
 
@@ -170,3 +172,27 @@ def test_layers_of_different_widths_are_the_padded_ones(name: str, tmp_path: Pat
     memory = llmprune.prune(tiny.build(name), out=tmp_path / "memory", layout="remote-code", **settings)
     for one in (memory.model, llmprune.load(tmp_path / "memory")):
         assert float((logits(one, ids) - logits(small, ids)).abs().max()) <= ROUNDING
+
+
+@pytest.mark.parametrize("other", ["tokenizer", "generation"])
+def test_our_code_beside_other_code_is_not_trusted(other: str, tmp_path: Path) -> None:
+    """transformers would run code of a tokenizer or of generation too, if the folder were said to be trusted."""
+    source = tiny.save("llama", tmp_path / "dense")
+    llmprune.prune(
+        source, out=tmp_path / "out", method="llm-drop", drop_layers=1, layout="remote-code", calibration=TEXT
+    )
+    assert trusted(tmp_path / "out", False)
+    mark = tmp_path / "it ran"
+    code = f"open({str(mark)!r}, 'w').write('')\n"
+    if other == "tokenizer":
+        config = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": [None, "other.Other"]}}
+        (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(config))
+        (tmp_path / "out" / "other.py").write_text(code)
+    else:
+        (tmp_path / "out" / "custom_generate").mkdir()
+        (tmp_path / "out" / "custom_generate" / "generate.py").write_text(code + "def generate(model, *_, **__): ...\n")
+    assert not trusted(tmp_path / "out", False)
+    for load in (llmprune.load, lambda folder: load_tokenizer(folder, False)):
+        with contextlib.suppress(UserError, ValueError, OSError):
+            load(tmp_path / "out")
+    assert not mark.exists()

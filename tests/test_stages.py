@@ -95,10 +95,62 @@ def test_steps_need_one_sparsity() -> None:
         ({"sparsity": 0.5}, "belongs into one of the stages"),
         ({"stages": [{"model": "x"}]}, "neither a model"),
         ({"stages": [{"spartisy": 0.5}]}, "spartisy"),
+        ({"stages": [{"method": "wanda", "sparsity": 0.5, "steps": 3}]}, "steps of its own"),
+        ({"stages": [{"method": "magnitude", "sparsity": 0.5}, {"method": "wandaa", "sparsity": 0.6}]}, "wandaa"),
+        ({"stages": [{"method": "magnitude", "sparsity": 0.5}, {"method": "shortgpt"}]}, "say how much"),
     ],
 )
 def test_wrong_stages(keys: dict[str, object], says: str, tmp_path: Path) -> None:
     source = tiny.save("llama", tmp_path / "dense")
     with pytest.raises(UserError, match=says):
         llmprune.prune(source, out=tmp_path / "out", recipe=write(tmp_path / "recipe.yaml", **keys), calibration=TEXT)
-    assert not (tmp_path / "out").exists()
+    assert {one.name for one in tmp_path.iterdir()} == {"dense", "recipe.yaml"}
+
+
+def test_a_stage_that_exists_already_is_found_before_the_first_begins(tmp_path: Path) -> None:
+    source, recipe = tiny.save("mixtral", tmp_path / "dense"), write(tmp_path / "recipe.yaml")
+    tiny.save("mixtral", tmp_path / "out.stage2")
+    with pytest.raises(UserError, match=r"out\.stage2 exists"):
+        llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT)
+    assert not (tmp_path / "out.stage1").exists()
+
+
+def test_a_loaded_model_that_a_stage_makes_anew_goes_on_to_the_next(tmp_path: Path) -> None:
+    """Turning the hidden state makes a new model: the stage after it prunes that one, on disk and in memory alike."""
+    stages = [{"method": "slicegpt", "ratio": 0.25, "width": {"round_to": 4}}, {"method": "magnitude", "sparsity": 0.5}]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"stages": stages}))
+    on_disk = llmprune.prune(
+        tiny.save("llama", tmp_path / "dense"), out=tmp_path / "out", recipe=recipe, calibration=TEXT
+    )
+    in_memory = llmprune.prune(tiny.build("llama"), recipe=recipe, calibration=TEXT)
+    totals = in_memory.report["totals"]
+    assert totals["params_after"] < totals["params_before"] and totals["zeros"] == on_disk.report["totals"]["zeros"] > 0
+    ids = tiny.tokens(2, 10)
+    with torch.no_grad():
+        assert torch.equal(in_memory.model.eval()(input_ids=ids).logits, on_disk.model.eval()(input_ids=ids).logits)
+
+
+def test_the_report_is_that_of_all_stages(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "dense")
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({"stages": [{"method": "magnitude", "sparsity": 0.5}, {"drop_layers": [0]}]})
+    )
+    result = llmprune.prune(source, out=tmp_path / "out", recipe=tmp_path / "recipe.yaml")
+    report, parts = result.report, result.report["stages"]
+    matrices = [one for name, one in result.model.named_parameters() if ".layers." in name and one.dim() == 2]
+    assert report["totals"]["zeros"] == sum(int((one == 0).sum()) for one in matrices) > 0
+    assert report["run"]["seconds"] == sum(one["run"]["seconds"] for one in parts)
+
+
+def test_killed_before_the_joined_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, recipe = tiny.save("mixtral", tmp_path / "dense"), write(tmp_path / "recipe.yaml")
+    whole = llmprune.prune(source, out=tmp_path / "whole", recipe=recipe, calibration=TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.stages.write_json", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT)
+    report = llmprune.prune(source, out=tmp_path / "out", recipe=recipe, calibration=TEXT, resume=True).report
+    assert report["totals"] == whole.report["totals"] and len(report["stages"]) == 3
+    assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
+    assert not (tmp_path / "out.stage1").exists()

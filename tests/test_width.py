@@ -227,6 +227,14 @@ def test_layers_of_unequal_width_are_padded(allocation: str, tmp_path: Path) -> 
     assert sum(int((one == 0).sum()) for one in result.model.parameters()) >= report["totals"]["zeros"]
 
 
+def test_pooled_heads_are_numbers_that_the_class_takes() -> None:
+    # a Gemma 2 of hidden size 32 and 8 heads in 4 groups takes no 6 heads, and no other class stands in for it
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        result = prune(tiny.build("gemma2"), "wanda-sp", ratio=ratio, allocation="pooled", width={"round_to": 4})
+        kept = result.report["structure"]["widths"]
+        assert set(kept["kv-group"]) <= {1, 2, 4} and all(one % 4 == 0 for one in kept["channel"])
+
+
 def test_protected_layers_keep_their_width(tmp_path: Path) -> None:
     source = tiny.save("qwen2", tmp_path / "dense")
     width = {"protect_first": 1, "protect_last": 1}
@@ -318,9 +326,54 @@ def test_check_needs_the_configuration_alone(tmp_path: Path) -> None:
     assert rows["wanda-sp"]["output"] == "plain (mistral)"
     assert not rows["flap"]["can"] and "attention_bias" in rows["flap"]["why"]
     assert not rows["reap"]["can"] and rows["shortgpt"]["what"] == "3 layers"
+    assert "remote-code" in rows["flap"]["why"]  # a Llama itself takes biases
+    fixed = tiny.save("bloom", tmp_path / "bloom")
+    rows = {
+        row["name"]: row for row in json.loads(runner.cli("check", fixed, "--ratio", "0.15", "--json").out)["methods"]
+    }
+    report = prune(fixed, "modegpt", out=tmp_path / "out", ratio=0.15, layout="remote-code").report
+    assert rows["modegpt"]["output"] == "remote-code" and not rows["group-obs"]["can"]
+    assert rows["modegpt"]["params_after"] == report["totals"]["params_after"] < report["totals"]["params_before"]
     unknown = tiny.save("mamba", tmp_path / "mamba")
     rows = {row["name"]: row for row in json.loads(runner.cli("check", unknown, "--json").out)["methods"]}
     assert "not known" in rows["group-obs"]["why"] and rows["wanda"]["can"]
     table = runner.cli("check", unknown).out
     # one row for all methods of one answer
     assert table.count("expert │") == 1 and "no: the" in table
+
+
+@pytest.mark.parametrize("allocation", ["balanced", "pooled", "rising"])
+def test_a_method_without_text_takes_every_allocation(allocation: str) -> None:
+    model = tiny.build("llama")
+    result = llmprune.prune(model, method="group-magnitude", ratio=0.2, allocation=allocation, width={"round_to": 4})
+    assert result.report["totals"]["params_after"] < result.report["totals"]["params_before"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"damping": -0.1}, "damping -0.1"),
+        ({"aim": 1.5}, "aim 1.5"),
+        ({"method": "ziplm", "allocation": "evolutionary"}, "stream=dense"),
+        ({"method": "llm-surgeon-structured", "damping_outputs": 0.0}, "damping_outputs"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_first(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        llmprune.prune(
+            tiny.build("llama"),
+            calibration=TEXT,
+            **{"method": "group-obs", "ratio": 0.2, "width": {"round_to": 4}} | settings,
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"), [("k-prune", "uniform"), ("wanda-sp", "pooled"), ("thinet", "uniform")]
+)
+def test_experts_lose_channels_too(method: str, allocation: str) -> None:
+    """Their scores are an expert's own, and their products want sizes that divide by eight."""
+    result = llmprune.prune(tiny.build("mixtral"), method=method, ratio=0.2, allocation=allocation, calibration=TEXT)
+    widths = result.report["structure"]["widths"]
+    assert result.report["totals"]["params_after"] < result.report["totals"]["params_before"]
+    assert all(one % 8 == 0 for one in widths["expert-channel"])

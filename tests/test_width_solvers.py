@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.allocation.widths import Demand, balanced, pooled, rising, uniform
+from llmprune.allocation.widths import LAYER, MOST, Demand, balanced, capped, influence, pooled, rising, uniform
 from llmprune.arch.discover import find_units as layers_of
 from llmprune.arch.roles import Roles
 from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, RESIDUAL, Units, find_units
@@ -23,12 +23,12 @@ from llmprune.engine.gates import gated
 from llmprune.engine.gradients import squared_gates
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow
+from llmprune.methods.width.choice import lowest
 from llmprune.methods.width.group_fisher import GroupFisher
 from llmprune.methods.width.k_prune import KPrune
 from llmprune.methods.width.llm_pruner import LLMPruner
 from llmprune.methods.width.magnitude import GroupMagnitude
 from llmprune.methods.width.minitron import Minitron
-from llmprune.methods.width.sequential import lowest
 from llmprune.methods.width.thinet import ThiNet
 from llmprune.solvers.groups import damped, eliminate, fold, joint_energy, mean_fold, own_energy, unlike
 from llmprune.types import UserError
@@ -421,11 +421,38 @@ def test_pooled_amounts_follow_the_true_cost() -> None:
     scores = {place: torch.arange(one.count, dtype=DOUBLE) for place, one in ask.units.items()}
     scores[(0, CHANNEL)] = torch.cat([torch.zeros(47, dtype=DOUBLE), torch.full((1,), 1e6, dtype=DOUBLE)])
     counts = pooled(ask, scores)
-    most = max(one.cost for one in ask.units.values())
+    # heads go one by one, channels by four
+    most = max(one.cost * (4 if one.kind == CHANNEL else 1) for one in ask.units.values())
     assert 5000 <= removed(ask, counts) < 5000 + most
     assert all(counts[place] < one.count for place, one in ask.units.items())
+    assert all((one.count - counts[place]) % 4 == 0 for place, one in ask.units.items() if one.kind == CHANNEL)
+    assert 0 < counts[(1, CHANNEL)] < 48
     # standardised, its many zeros lie just below the mean: units of other layers go first
     assert counts[(0, CHANNEL)] < counts[(1, CHANNEL)]
+
+
+def test_influence_spreads_by_the_best_of_all_shares_at_its_temperature() -> None:
+    ask = replace(demand(4000), temperature=0.5)
+    influences = [0.9, 0.2, 0.4]
+    scores = {(layer, LAYER): torch.tensor(one, dtype=DOUBLE) for layer, one in enumerate(influences)}
+    share_L = capped(torch.softmax(-torch.tensor(influences, dtype=DOUBLE) / 0.5, 0), torch.ones(3, dtype=DOUBLE), 0.9)
+    assert float(share_L.sum()) == pytest.approx(0.9) and float(share_L.max()) < MOST
+
+    def objective(share_L: torch.Tensor) -> float:
+        """What stays influences so much, and the entropy of what goes."""
+        part_L = share_L / 0.9
+        return -float((torch.tensor(influences, dtype=DOUBLE) * part_L).sum() + 0.5 * (part_L * part_L.log()).sum())
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        other_L = torch.rand(3, generator=generator, dtype=DOUBLE)
+        assert objective(0.9 * other_L / other_L.sum()) <= objective(share_L)
+    counts = influence(ask, scores)
+    channels = [counts[(layer, CHANNEL)] for layer in range(3)]
+    assert removed(ask, counts) >= 4000 and channels[0] < channels[2] < channels[1]
+    # a temperature near zero would take all from one layer: it keeps a tenth, and the next one gives the rest
+    cold_L = capped(torch.tensor([0.0, 1.0, 1e-9], dtype=DOUBLE), torch.ones(3, dtype=DOUBLE), 1.5)
+    assert cold_L.tolist() == pytest.approx([0.0, MOST, 1.5 - MOST])
 
 
 def test_balanced_takes_the_heads_that_cost_least() -> None:

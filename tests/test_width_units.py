@@ -21,7 +21,7 @@ from llmprune.types import UserError
 SHARED = ("qwen3", "gemma3", "opt", "gpt2", "gpt-neox", "phi3", "falcon", "bloom", "mixtral", "qwen3-moe")
 FAMILIES = [*MORE, *SHARED]
 # Where no plain class holds fewer: what goes is filled with zeros.
-OLD = ("stablelm", "gpt-neox", "gpt2", "opt", "bloom", "mpt", "gptj", "olmoe")
+OLD = ("stablelm", "gpt-neox", "gpt2", "opt", "bloom", "mpt", "gptj", "olmoe", "helium")
 FIXED = {
     KV_GROUP: (*OLD, "falcon-mha", "falcon-new", "falcon"),
     QUERY_HEAD: (*OLD, "falcon-mha", "falcon-new", "falcon"),

@@ -40,11 +40,11 @@ class Evolution:
 
     def start(self, counts: Mapping[Place, int]) -> Counts:
         """`counts` less what goes beyond the demand: channels that stay after all, in the first layers that lose some."""
-        units, step = self.demand.units, self.demand.step
+        units = self.demand.units
         found = dict(counts)
         surplus = sum(one.cost * counts[place] for place, one in units.items()) - self.demand.parameters
         for place, one in units.items():
-            back = step * one.strata
+            back = self.demand.step_of(place) * one.strata
             if place[1] not in HEADS and found[place] >= back and one.cost * back <= surplus:
                 found[place] -= back
                 surplus -= one.cost * back
@@ -53,7 +53,7 @@ class Evolution:
     def step(self, place: Place) -> int:
         """How many units of a place come or go at once."""
         one = self.demand.units[place]
-        fine = 1 if place[1] in HEADS else self.demand.step
+        fine = self.demand.step_of(place)
         coarse = 1 if place[1] in HEADS else max(one.size // (LEVELS * fine), 1)
         return fine * coarse * one.strata
 
@@ -62,8 +62,7 @@ class Evolution:
         found = {}
         for place, one in self.demand.units.items():
             step, first = self.step(place), start[place]
-            least = self.demand.step if place[1] not in HEADS else 1
-            most = min(REACH * first + 2 * step, one.count - least * one.strata)
+            most = min(REACH * first + 2 * step, one.count - self.demand.step_of(place) * one.strata)
             found[place] = list(range(first % step, most + 1, step)) if first <= most else [first]
         return found
 

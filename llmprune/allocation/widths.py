@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ from llmprune.recipe import nearest
 from llmprune.types import UserError
 
 HEADS = (KV_GROUP, QUERY_HEAD)
+# The kind under which the influence of a whole layer stands among scores: the mean of 1 - cos between what enters and leaves.
+LAYER = "layer"
+# The share of a layer that may go with `influence`.
+MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -25,18 +30,26 @@ class Demand:
     """At least `parameters` are to go from `units`, those of layers that are free to lose some.
 
     `heads`: the numbers of heads (kv groups, or query heads of each) that may stay in a layer of one kind of output;
-    `step`: what the number of channels that stay must divide by.
+    `step`: what the number of channels that stay must divide by, and that of dimensions, all heads together.
+    `temperature`: of `influence`.
     """
 
     units: Mapping[Place, Units]
     parameters: int
     heads: Sequence[int]
     step: int
+    temperature: float = 0.1
 
     @property
     def share(self) -> float:
         """The fraction of the units' parameters that goes."""
         return self.parameters / sum(one.cost * one.count for one in self.units.values())
+
+    def step_of(self, place: Place) -> int:
+        """What the number of units that stay must divide by in each stratum; heads have numbers of their own."""
+        one = self.units[place]
+        together = one.dimensions * (1 if one.stacked else one.strata)
+        return 1 if place[1] in HEADS else self.step // math.gcd(self.step, together)
 
     def may_stay(self, place: Place) -> list[int]:
         """The numbers of heads that may stay in a layer (in each of its strata), all of them included."""
@@ -84,31 +97,71 @@ def rising(demand: Demand, scores: Scores) -> dict[Place, int]:
 def pooled(demand: Demand, scores: Scores) -> dict[Place, int]:
     """Scores of each place brought to mean 0 and deviation 1, then pooled: the lowest go until enough parameters do.
 
-    An et al. 2024 (FLAP, AAAI), section 4.2, with the true cost of a unit in place of a constant. Where units come in
-    strata the mean over them counts, and at least one unit of each stratum stays.
+    An et al. 2024 (FLAP, AAAI), section 4.2, with the true cost of a unit in place of a constant. Units go in such numbers
+    that what stays is a number that may, by the mean of their scores. Where they come in strata the mean over these counts,
+    and at least one unit of each stratum stays.
     """
-    steps: list[tuple[float, Place]] = []
+    steps: list[tuple[float, Place, int]] = []
     for place, one in demand.units.items():
-        sorted_SU = _standardised(scores[place]).view(one.strata, -1).sort(dim=1).values
-        steps += [(float(score), place) for score in sorted_SU.mean(0)[:-1]]
+        score_U = _standardised(scores[place]).view(one.strata, -1).sort(dim=1).values.mean(0)
+        step = demand.step_of(place)
+        allowed = demand.may_stay(place) or [*range(step, one.size, step), one.size]
+        for left, before in reversed(list(pairwise(allowed))):
+            steps.append((float(score_U[one.size - before : one.size - left].mean()), place, before - left))
     counts = dict.fromkeys(demand.units, 0)
-    left = demand.parameters
-    for _, place in sorted(steps, key=lambda one: one[0]):
-        if left <= 0:
+    missing = demand.parameters
+    for _, place, each in sorted(steps, key=lambda one: one[0]):
+        if missing <= 0:
             break
-        counts[place] += demand.units[place].strata
-        left -= demand.units[place].cost * demand.units[place].strata
-    if left > 0:
+        counts[place] += each * demand.units[place].strata
+        missing -= each * demand.units[place].cost * demand.units[place].strata
+    if missing > 0:
         raise _too_much(demand)
     return counts
 
 
+def influence(demand: Demand, scores: Scores) -> dict[Place, int]:
+    """Shares by the softmax of minus the influence of each layer over `temperature`: what turns little loses most.
+
+    Lin et al. 2024 (MoDeGPT, ICLR 2025), section 3.3: of all shares of a mean, those that maximise what the layers that stay
+    influence plus `temperature` times the entropy. No layer loses all: shares end at `MOST`, and what lies above
+    goes to the others in proportion.
+    """
+    layers = sorted({place[0] for place in demand.units if place[0] is not None})
+    cost_L = torch.tensor(
+        [sum(one.cost * one.count for one in demand.units.values() if one.layer == layer) for layer in layers]
+    )
+    influence_L = torch.stack([scores[(layer, LAYER)].double() for layer in layers])
+    wanted_L = torch.softmax(-influence_L / demand.temperature, 0)
+    share_L = capped(wanted_L, cost_L.double(), demand.parameters)
+    shares = dict(zip(layers, share_L.tolist(), strict=True))
+    return _completed(demand, {(layer, kind): shares[layer] for layer, kind in demand.units if layer is not None})
+
+
+def capped(wanted_L: torch.Tensor, cost_L: torch.Tensor, parameters: float) -> torch.Tensor:
+    """Shares in proportion to `wanted_L`, at most `MOST`, with which so many of the parameters `cost_L` go.
+
+    All at `MOST` where that is not enough.
+    """
+    full_L = torch.zeros(len(wanted_L), dtype=torch.bool)
+    while True:
+        left = parameters - MOST * float(cost_L[full_L].sum())
+        whole = float((wanted_L * cost_L)[~full_L].sum())
+        share_L = torch.where(full_L, MOST, wanted_L * (left / whole if whole else 0.0))
+        if not bool((share_L > MOST).any()):
+            return share_L
+        full_L |= share_L > MOST
+
+
 class Entry(NamedTuple):
-    """A way to spread, whether it reads the scores of all units in the dense model, and whether a search goes on from it."""
+    """A way to spread; whether it reads the scores of all units in the dense model; whether a search goes on from it;
+    whether these scores are those of layers by their influence.
+    """
 
     spread: Callable[[Demand, Scores], dict[Place, int]]
     scored: bool = False
     searched: bool = False
+    influence: bool = False
 
 
 SPREADS = {
@@ -116,6 +169,7 @@ SPREADS = {
     "balanced": Entry(balanced, scored=True),
     "rising": Entry(rising),
     "pooled": Entry(pooled, scored=True),
+    "influence": Entry(influence, scored=True, influence=True),
     "evolutionary": Entry(balanced, scored=True, searched=True),
 }
 
@@ -153,7 +207,8 @@ def _filled(demand: Demand, heads: Mapping[Place, int], shares: Mapping[Place, f
     for place, one in rest.items():
         share = max(shares[place] * missing / whole, 0.0)
         # what rounding leaves above a multiple is none
-        left = math.floor((1 - share) * one.size / demand.step + 1e-9) * demand.step if share else one.size
+        step = demand.step_of(place)
+        left = math.floor((1 - share) * one.size / step + 1e-9) * step if share else one.size
         if left <= 0:
             return None
         counts[place] = (one.size - left) * one.strata
@@ -189,5 +244,6 @@ def _too_much(demand: Demand) -> UserError:
     kinds = " and ".join(dict.fromkeys(place[1] for place in demand.units))
     return UserError(
         f"{demand.parameters:,} parameters cannot go: all {kinds}s of the layers that may lose some have {most:,}, and "
-        "some must stay in each; ask for less, protect fewer layers, or drop layers instead"
+        f"some must stay in each, by steps of width.round_to={demand.step}; ask for less, protect fewer layers, or drop "
+        "layers instead"
     )

@@ -17,12 +17,16 @@ NOT_A_MATRIX = "not a matrix product"
 
 @dataclass
 class Unit:
-    """A module that is calibrated and pruned as one step: a decoder layer, or the head."""
+    """A module that is calibrated and pruned as one step: a decoder layer, or the head.
+
+    `borrowed`: its parameters that are those of another place (tied weights), with their names there.
+    """
 
     name: str
     module: nn.Module
     matrices: list[MatrixSpec] = field(default_factory=list)
     left_alone: dict[str, str] = field(default_factory=dict)
+    borrowed: dict[str, str] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -70,13 +74,14 @@ def _is_tower(module: nn.Module, text: PreTrainedConfig) -> bool:
 def find_units(model: PreTrainedModel, *, head: bool) -> list[Unit]:
     """Every decoder layer, and the head if asked for, with its matrices and what is left alone in it."""
     path, layers = decoder_layers(model)
-    units = [_unit(f"{path}.{index}", layer) for index, layer in enumerate(layers)]
+    tied = model.all_tied_weights_keys
+    units = [_unit(f"{path}.{index}", layer, tied) for index, layer in enumerate(layers)]
     if head:
         module = model.get_output_embeddings()
         name = next((name for name, one in model.named_modules() if one is module), None)
         if module is None or name is None:
             raise UserError(f"{type(model).__name__} has no output head to prune")
-        units.append(_unit(name, module))
+        units.append(_unit(name, module, tied))
     return units
 
 
@@ -97,15 +102,19 @@ def holds_experts(owner: nn.Module, parameter: nn.Parameter) -> bool:
     return parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and not _is_convolution(owner)
 
 
-def _unit(name: str, module: nn.Module) -> Unit:
+def _unit(name: str, module: nn.Module, tied: dict[str, str]) -> Unit:
     unit = Unit(name, module)
     routers = _routers(module)
     for path, owner in module.named_modules(prefix=name):
         for short, parameter in owner.named_parameters(recurse=False):
             full = f"{path}.{short}"
+            if full in tied:
+                unit.borrowed[full] = tied[full]
             if parameter.dim() < 2:
                 continue
-            if id(owner) in routers:
+            if full in tied:
+                unit.left_alone[full] = f"tied: it is {tied[full]}"
+            elif id(owner) in routers:
                 unit.left_alone[full] = ROUTER
             elif isinstance(owner, nn.Linear) and short == "weight":
                 outputs, inputs = parameter.shape

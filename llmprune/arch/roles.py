@@ -21,6 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from llmprune.arch.discover import decoder_layers
 from llmprune.types import UserError
 
+# Keys of `modeling_pruned` by which a layer has other numbers of heads, channels or dimensions.
+OF_OTHER_WIDTH = {"config", "heads", "halves"}
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,10 +84,15 @@ class NarrowHidden(_Strict):
 
 
 class Layout(_Strict):
-    """A file of `families`. `embeddings` and `final_norm` are relative to the decoder, the rest to a layer."""
+    """A file of `families`. `embeddings` and `final_norm` are relative to the decoder, the rest to a layer.
+
+    `neighbours`: the types whose rotary embedding turns the dimensions 2i and 2i + 1 of a head together; that of other
+    types turns i and i + n / 2, of n that it turns.
+    """
 
     types: tuple[str, ...]
     attention: AttentionNames
+    neighbours: tuple[str, ...] = ()
     mlp: MlpNames | None = None
     experts: ExpertNames | None = None
     shared: MlpNames | None = None
@@ -117,7 +125,12 @@ class Weight:
 
 @dataclass(frozen=True)
 class Attention:
-    """The weights of an attention with `heads` query heads in `groups` kv groups, each `head_dim` wide."""
+    """The weights of an attention with `heads` query heads in `groups` kv groups, each `head_dim` wide.
+
+    `between`: other parameters of its module, such as norms of queries and keys. `turned_PN`: the dimensions of a head that
+    go through the rotary embedding together, P pairs (what it leaves alone is paired with its neighbour); each by itself
+    where the model has none.
+    """
 
     query: Weight | None
     key: Weight | None
@@ -127,9 +140,11 @@ class Attention:
     output: Weight
     query_norm: str | None
     key_norm: str | None
+    between: tuple[str, ...]
     heads: int
     groups: int
     head_dim: int
+    turned_PN: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -169,6 +184,12 @@ class Roles:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layout = layout_of(model.config)
+        entries = getattr(model.config, "pruned_layers", None) or ()
+        if any(one.keys() & OF_OTHER_WIDTH for one in entries):
+            raise UserError(
+                "the layers of this model differ in width from what its configuration says (layout=remote-code), so where "
+                "its heads and channels lie is not known; prune the width of the dense model once, and by all that should go"
+            )
         self.path, layers = decoder_layers(model)
         self._text = model.config.get_text_config()
         self.model = model
@@ -226,6 +247,10 @@ class Roles:
         # counted in the weights: some classes keep the number of kv heads in flags
         rows = fused.outputs - heads * head_dim if fused else 2 * (key.outputs if key else 0)
         norms = {role: next(iter(self._own(f"{prefix}.{path}")), None) for role, path in names.norms.items()}
+        matrices = [one for one in (query, key, value, fused, output) if one is not None]
+        known = {name for one in matrices for name in (one.name, one.bias)}
+        holder = names.output.rpartition(".")[0]
+        inside = [f"{prefix}.{holder}.{name}" for name, _ in layer.get_submodule(holder).named_parameters()]
         return Attention(
             query,
             key,
@@ -235,10 +260,26 @@ class Roles:
             output,
             norms.get("query"),
             norms.get("key"),
+            tuple(name for name in inside if name not in known),
             heads,
             rows // (2 * head_dim),
             head_dim,
+            self._turned(head_dim),
         )
+
+    def _turned(self, head_dim: int) -> torch.Tensor:
+        """See `Attention`."""
+        buffers = self.model.named_buffers()
+        frequencies = [
+            one.numel() for name, one in buffers if name.startswith(self._decoder) and name.endswith("inv_freq")
+        ]
+        turned = 2 * frequencies[0] if frequencies else getattr(self._text, "rotary_dim", None) or 0
+        dimensions_H = torch.arange(head_dim)
+        if not turned:
+            return dimensions_H[:, None]
+        if self._text.model_type in self.layout.neighbours:
+            return dimensions_H.view(-1, 2)
+        return torch.cat([dimensions_H[:turned].view(2, -1).T, dimensions_H[turned:].view(-1, 2)])
 
     def _mlp(self, prefix: str, layer: nn.Module, names: MlpNames | None) -> Mlp | None:
         down = None if names is None else _weight(prefix, layer, names.down)

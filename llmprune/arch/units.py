@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,9 @@ from llmprune.arch.roles import Attention, LayerRoles, Mlp, Roles, Weight
 
 KV_GROUP = "kv-group"  # a key-value head with all query heads that read it
 QUERY_HEAD = "query-head"  # a query head alone; every kv group keeps as many
+KEY = "key-dimension"  # what queries and keys are compared by: a dimension, or a pair that rotary embedding turns
 VALUE = "value-dimension"  # a dimension of what a kv head hands on; every kv head keeps as many
+WITHIN_HEADS = (KEY, VALUE)  # whose numbers no plain class tells from the width of a head
 CHANNEL = "channel"  # an inner feature of an MLP
 EXPERT_CHANNEL = "expert-channel"  # the same of one expert; every expert keeps as many
 RESIDUAL = "residual"  # a dimension of the hidden state, in the whole model at once
@@ -36,13 +39,21 @@ class Member:
     norm: bool = False
 
 
+class Rows(NamedTuple):
+    """The outputs of a matrix that belong to each head: heads x dimensions."""
+
+    weight: Weight
+    index_HR: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Units:
     """The `count` units of one kind in a layer (or, with `layer` None, in the model).
 
     Units are numbered in `strata` runs of equal size, each of which must keep as many: kv groups of query heads
-    or of value dimensions, experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the units produce.
-    `cost`: parameters that go with one unit.
+    or of key and value dimensions, experts of expert channels. `writer` is the matrix whose input columns `columns_UN` the
+    units produce; key dimensions have none, but a `reader`, whose inputs they are computed from. `cost`: parameters that
+    go with one unit.
     """
 
     kind: str
@@ -53,11 +64,17 @@ class Units:
     cost: int
     writer: Weight | None = None
     columns_UN: torch.Tensor | None = None
+    reader: Weight | None = None
 
     @property
     def size(self) -> int:
         """Units in a stratum."""
         return self.count // self.strata
+
+    @property
+    def dimensions(self) -> int:
+        """The entries of a unit along the axis where it has fewest: 2 of a pair of dimensions."""
+        return min(one.index_UN.shape[1] for one in self.members)
 
     def first(self, count: int) -> list[int]:
         """`count` units, the first ones of each stratum."""
@@ -86,53 +103,69 @@ def find_units(roles: Roles, kinds: Sequence[str], shapes: Mapping[str, torch.Si
 def _of_layer(kind: str, index: int, layer: LayerRoles, shapes: Mapping[str, torch.Size]) -> Iterator[Units]:
     if kind in (KV_GROUP, QUERY_HEAD):
         yield _heads(kind, index, layer.attention, shapes)
-    elif kind == VALUE and layer.attention.value is not None:
-        yield _values(index, layer.attention, layer.attention.value, shapes)
+    elif kind == KEY and not layer.attention.between:
+        yield _keys(index, layer.attention, shapes)
+    elif kind == VALUE:
+        yield _values(index, layer.attention, shapes)
     elif kind == CHANNEL and layer.mlp is not None:
         yield _channels(kind, index, layer.mlp, shapes)
     elif kind == EXPERT_CHANNEL and layer.experts is not None:
         yield _channels(kind, index, layer.experts, shapes)
 
 
-def _heads(kind: str, index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
-    """Query head q reads kv head floor(q / r), r = heads / groups."""
-    wide, ratio = one.head_dim, one.heads // one.groups
-    whole = kind == KV_GROUP
-    count = one.groups if whole else one.heads
-    queries_UN = _runs(count, one.heads * wide // count)
-    keys_UN = _runs(one.groups, wide)
-    members: list[Member] = []
+def heads_of(one: Attention) -> tuple[Rows, Rows, Rows]:
+    """Where the outputs of every query head, key head and value head are."""
     if one.fused is None:
         assert one.query and one.key and one.value
-        members += _rows(one.query, queries_UN)
-        members += [*_rows(one.key, keys_UN), *_rows(one.value, keys_UN)] if whole else []
-    elif one.order == "stacked":
-        members += _rows(one.fused, queries_UN)
-        for start in (one.heads, one.heads + one.groups) if whole else ():
-            members += _rows(one.fused, start * wide + keys_UN)
-    elif whole:
-        members += _rows(one.fused, _runs(one.groups, (ratio + 2) * wide))
+        parts = ((one.query, one.heads), (one.key, one.groups), (one.value, one.groups))
+        query, key, value = (Rows(weight, _runs(count, one.head_dim)) for weight, count in parts)
+        return query, key, value
+    runs_SH = _runs(one.heads + 2 * one.groups, one.head_dim)
+    if one.order == "stacked":
+        queries, keys, values = runs_SH.split((one.heads, one.groups, one.groups))
     else:
-        # the key and the value of the groups before
-        before_U = 2 * wide * (torch.arange(one.heads) // ratio)
-        members += _rows(one.fused, queries_UN + before_U[:, None])
+        grouped_GSH = runs_SH.view(one.groups, -1, one.head_dim)
+        queries, keys, values = grouped_GSH[:, :-2].flatten(0, 1), grouped_GSH[:, -2], grouped_GSH[:, -1]
+    return Rows(one.fused, queries), Rows(one.fused, keys), Rows(one.fused, values)
+
+
+def _heads(kind: str, index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
+    """Query head q reads kv head floor(q / r), r = heads / groups."""
+    whole = kind == KV_GROUP
+    count = one.groups if whole else one.heads
+    queries_UN, keys_UN = _runs(count, one.heads * one.head_dim // count), _runs(one.groups, one.head_dim)
+    query, key, value = heads_of(one)
+    members = _rows(query.weight, query.index_HR.reshape(count, -1))
+    members += [*_rows(*key), *_rows(*value)] if whole else []
     for norm, index_UN in ((one.query_norm, queries_UN), (one.key_norm, keys_UN if whole else None)):
         # a norm of each head by itself has one gain for all of them, and stays
-        if norm is not None and index_UN is not None and shapes[norm].numel() != wide:
+        if norm is not None and index_UN is not None and shapes[norm].numel() != one.head_dim:
             members.append(Member(norm, 0, index_UN, norm=True))
     members.append(Member(one.output.name, one.output.input_axis, queries_UN))
     strata = 1 if whole else one.groups
     return _units(kind, index, count, strata, members, shapes, one.output, queries_UN)
 
 
-def _values(index: int, one: Attention, value: Weight, shapes: Mapping[str, torch.Size]) -> Units:
+def _keys(index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
+    """Dimensions that turn together, as rows of k and of q in each query head of the group."""
+    query, key, _ = heads_of(one)
+    keys_GPN = key.index_HR[:, one.turned_PN]
+    queries_GPRN = query.index_HR[:, one.turned_PN].unflatten(0, (one.groups, -1)).transpose(1, 2)
+    members = [*_rows(query.weight, queries_GPRN.flatten(2).flatten(0, 1)), *_rows(key.weight, keys_GPN.flatten(0, 1))]
+    count = one.groups * len(one.turned_PN)
+    return _units(KEY, index, count, one.groups, members, shapes, reader=query.weight)
+
+
+def _values(index: int, one: Attention, shapes: Mapping[str, torch.Size]) -> Units:
     """A row of v, and the column of o that takes it up in each query head of the group."""
-    rows_UN = torch.arange(one.groups * one.head_dim)[:, None]
-    ratio = one.heads // one.groups
-    head_UN = rows_UN // one.head_dim * ratio + torch.arange(ratio)
-    columns_UN = head_UN * one.head_dim + rows_UN % one.head_dim
-    members = [*_rows(value, rows_UN), Member(one.output.name, one.output.input_axis, columns_UN)]
-    return _units(VALUE, index, len(rows_UN), one.groups, members, shapes, one.output, columns_UN)
+    value = heads_of(one)[2]
+    columns_GHR = _runs(one.heads, one.head_dim).unflatten(0, (one.groups, -1)).transpose(1, 2)
+    columns_UN = columns_GHR.flatten(0, 1)
+    members = [
+        *_rows(value.weight, value.index_HR.reshape(-1, 1)),
+        Member(one.output.name, one.output.input_axis, columns_UN),
+    ]
+    return _units(VALUE, index, len(columns_UN), one.groups, members, shapes, one.output, columns_UN)
 
 
 def _channels(kind: str, index: int, one: Mlp, shapes: Mapping[str, torch.Size]) -> Units:
@@ -175,13 +208,14 @@ def _units(
     shapes: Mapping[str, torch.Size],
     writer: Weight | None = None,
     columns_UN: torch.Tensor | None = None,
+    reader: Weight | None = None,
 ) -> Units:
     alone = strata if kind == EXPERT_CHANNEL else 1  # a unit has slices in the matrix of its own expert only
     cost = sum(
         one.index_UN.shape[1] * math.prod(shapes[one.parameter]) // shapes[one.parameter][one.axis] // alone
         for one in members
     )
-    return Units(kind, layer, count, strata, tuple(members), cost, writer, columns_UN)
+    return Units(kind, layer, count, strata, tuple(members), cost, writer, columns_UN, reader)
 
 
 def _rows(weight: Weight, index_UN: torch.Tensor) -> list[Member]:

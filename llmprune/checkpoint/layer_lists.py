@@ -13,7 +13,10 @@ from typing import Any
 from llmprune.types import UserError
 
 # Keys that list layers by their index.
-INDEX_LISTS = ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "moe_layer_indices")
+INDEX_LISTS = (
+    *("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices", "moe_layer_indices"),
+    "hybrid_layer_ids",
+)
 # Keys that say how many of the first layers are of another kind.
 LEADING = ("first_k_dense_replace", "max_window_layers")
 # Keys that hold the number of routed experts, and of those a token goes to.
@@ -46,6 +49,9 @@ def edit_config(
             f"Keep one of {[index for index, one in enumerate(attends) if one]}"
         )
     place = {index: number for number, index in enumerate(kept)}
+    own = text.to_dict()["per_layer_config"] if getattr(text, "is_heterogeneous", False) else None
+    if own is not None:
+        text.per_layer_config = None  # until the rest is as it will be: the library checks the one against the other
     text.num_hidden_layers = len(kept)
     for key, value in list(vars(text).items()):
         if key in INDEX_LISTS and isinstance(value, list):
@@ -54,6 +60,8 @@ def edit_config(
             setattr(text, key, sum(index < value for index in kept))
         elif isinstance(value, list | tuple) and len(value) == depth and _counts_layers(key):
             _set(text, key, [value[index] for index in kept])
+    if own is not None:
+        text.per_layer_config = {place[int(index)]: one for index, one in own.items() if int(index) in place}
     if getattr(text, "decoder_sparse_step", 1) != 1:
         # a period cannot survive, but the list of dense layers says the same
         text.mlp_only_layers = [place[index] for index in kept if not sparse[index]]
@@ -120,13 +128,16 @@ def _count_experts(text: Any, before: int, after: int) -> None:
 
 
 def layer_of_keys(feeds: dict[str, str], prefixes: list[str], keys: list[str]) -> dict[str, int]:
-    """Which layer every tensor of the checkpoint belongs to, those that the model does not use included."""
+    """Which layer every tensor of the checkpoint belongs to: by what it feeds, or else by its name."""
+    found: dict[str, int] = {}
     starts: dict[str, int] = {}
     for key, name in feeds.items():
         for index, prefix in enumerate(prefixes):
             if name.startswith(prefix):
+                found[key] = index
                 parts = key.split(".")
                 number = next((place for place, part in enumerate(parts) if part == str(index)), None)
                 if number is not None:
                     starts[".".join(parts[: number + 1]) + "."] = index
-    return {key: index for key in keys for start, index in starts.items() if key.startswith(start)}
+    unused = (key for key in keys if key not in feeds)
+    return found | {key: index for key in unused for start, index in starts.items() if key.startswith(start)}

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedModel
 
 from llmprune.arch.roles import Attention, Layout, Roles, layout_of
-from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, Units, find_units
+from llmprune.arch.units import CHANNEL, EXPERT_CHANNEL, KV_GROUP, QUERY_HEAD, RESIDUAL, WITHIN_HEADS, Units, find_units
 from llmprune.checkpoint.skeleton import build_skeleton
 from llmprune.checkpoint.slicing import Slicing
 from llmprune.types import UserError
@@ -74,26 +74,27 @@ def layer_entries(config: Any, slicing: Slicing, roles: Roles) -> list[dict[str,
     for index, layer in enumerate(roles.layers):
         changes = _changes(text, layout, slicing, index)
         entry: dict[str, Any] = {"config": changes} if changes else {}
-        if (index, VALUE) in slicing.units:
-            entry |= _values(slicing, f"{roles.path}.{index}.", layer.attention)
+        if any((index, kind) in slicing.units for kind in WITHIN_HEADS):
+            entry |= _heads(slicing, f"{roles.path}.{index}.", layer.attention)
         entries.append(entry)
     return entries
 
 
-def _values(slicing: Slicing, prefix: str, attention: Attention) -> dict[str, Any]:
-    """The entry of a layer whose heads hand on fewer dimensions than they compare queries and keys by."""
-    assert attention.value is not None
-    shapes, wide, heads = slicing.shapes(), attention.head_dim, []
-    changed = [one for one in (attention.value.name, attention.value.bias, attention.output.name) if one]
-    for one, side, axis in (
-        (attention.value, "outputs", attention.value.output_axis),
-        (attention.output, "inputs", attention.output.input_axis),
-    ):
+def _heads(slicing: Slicing, prefix: str, attention: Attention) -> dict[str, Any]:
+    """The entry of a layer whose heads have fewer dimensions than its attention computes with."""
+    shapes, wide = slicing.shapes(), attention.head_dim
+    changed: list[str] = []
+    heads = []
+    for one in (attention.query, attention.key, attention.value, attention.fused, attention.output):
+        if one is None or shapes[one.name] == one.shape:
+            continue
+        side, axis = ("inputs", one.input_axis) if one is attention.output else ("outputs", one.output_axis)
         kept: list[list[int]] = [[] for _ in range(one.shape[axis] // wide)]
         for place in slicing.kept_along(one.name, axis):
             kept[place // wide].append(place % wide)
         module = one.name.removeprefix(prefix).removesuffix(".weight")
         heads.append({"module": module, "side": side, "width": wide, "kept": kept})
+        changed += [one.name, *([one.bias] if one.bias and side == "outputs" else [])]
     return {"shapes": {name.removeprefix(prefix): list(shapes[name]) for name in changed}, "heads": heads}
 
 
@@ -127,15 +128,20 @@ def _stem(config: Any) -> str:
     return type(config).__name__.removesuffix("Config")
 
 
-def with_biases(config: Any, parameters: Collection[str]) -> Any:
-    """A copy of `config` that gives the model these biases as well; raises UserError where the class has no key."""
+def with_biases(config: Any, parameters: Collection[str], source: Any) -> Any:
+    """A copy of `config` that gives the model these biases as well; raises UserError where the class has no key.
+
+    `source`: the configuration of the model before, for which another class may stand in.
+    """
     edited = copy.deepcopy(config)
     for key, half in BIAS_KEYS.items():
         if any(half in name for name in parameters):
             if not hasattr(edited.get_text_config(), key):
+                same = isinstance(edited, type(source))
+                other = "" if same else f", or layout=remote-code, with which it stays a {type(source).__name__}"
                 raise UserError(
                     f"{type(edited).__name__} has no {key}, so its layers cannot be given a bias; "
-                    "set compensate=least-squares, or none"
+                    f"set compensate=least-squares, or none{other}"
                 )
             setattr(edited.get_text_config(), key, True)
     return edited

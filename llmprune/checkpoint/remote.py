@@ -1,8 +1,8 @@
 """`layout=remote-code`: checkpoints that bring the code of their class, and how ours is told from a stranger's.
 
 The code is `modeling_pruned.py` of this folder, to the letter, followed by two classes that name the model's own
-class in transformers. A folder whose code is that text byte for byte runs nothing that is not installed here anyway,
-so it is loaded without being asked; for any other text the user has to say so.
+class in transformers. A folder whose only code is that text byte for byte runs nothing that is not installed here
+anyway, so it is loaded without being asked; for any other code the user has to say so.
 """
 
 from __future__ import annotations
@@ -73,14 +73,21 @@ def add_code(folder: Path, model: PreTrainedModel) -> None:
 
 
 def trusted(folder: str | Path, asked: bool) -> bool:
-    """Whether code in a model folder may run: the user said so, or it is the very text that we write."""
+    """Whether code in a model folder may run: the user said so, or all that there is of it is the very text that we write.
+
+    What is answered here is handed to transformers, which runs code of tokenizers and of generation too: so no other
+    Python file may be anywhere in the folder, and no other file may name code.
+    """
     if asked:
         return True
     path = Path(folder)
     try:
         config = json.loads((path / "config.json").read_text())
         text = (path / FILE).read_text()
-    except (OSError, ValueError):
+        others = [json.loads(file.read_text()) for file in path.glob("*.json") if file.name != "config.json"]
+    except (OSError, ValueError, RecursionError):
+        return False
+    if any("auto_map" in one for one in others) or [one for one in path.rglob("*.py*") if one != path / FILE]:
         return False
     names = re.findall(r"^class Pruned(\w+)\(", text, re.MULTILINE)
     if len(names) != 2 or not isinstance(config, dict):

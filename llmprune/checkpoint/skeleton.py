@@ -87,6 +87,10 @@ def check_config(config: Any, where: str) -> None:
         raise UserError(
             f"{where} is a {kind!r} model, whose layers run several times in a forward pass: llmprune goes through layers once"
         )
+    if getattr(config.get_text_config(), "cross_attention_layers", None):
+        raise UserError(
+            f"{where} is a {kind!r} model, some of whose layers run only where there are pictures: llmprune reads text"
+        )
     if kind in UNORDERED and not getattr(config, "is_decoder", False):
         raise UserError(f"{where} is an encoder-only model ({kind}); llmprune prunes decoder-only language models")
     if not remote and headless and any("MaskedLM" in name or "Classification" in name for name in architectures):

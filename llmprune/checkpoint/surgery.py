@@ -103,6 +103,12 @@ class Cutter:
         self.place = {index: place for place, index in enumerate(surgery.layers)}
         self._shapes = {name: one.shape for name, one in old.state_dict().items()}
         self._new = new
+        self._check_tied(old)
+        for name, one in new.state_dict().items():
+            if not name.startswith(f"{self.path}.") and self._shapes.get(name, one.shape) != one.shape:
+                raise UserError(
+                    f"{name}, which lies outside the layers, has a part for each of them: none can be dropped"
+                )
         if len(new_layers) != len(surgery.layers):
             raise UserError(
                 f"{type(old).__name__} takes its number of layers from elsewhere than num_hidden_layers; "
@@ -127,12 +133,23 @@ class Cutter:
 
     def layer_key(self, key: str, index: int) -> str:
         """The key of a tensor of layer `index` at its new place: its first number is that of the layer."""
+        if self.place[index] == index:
+            return key
         parts = key.split(".")
         where = next((number for number, part in enumerate(parts) if part.isdigit()), None)
         if where is None or parts[where] != str(index):
-            raise RunError(f"{key!r} does not name its layer {index}")
+            raise UserError(
+                f"the checkpoint's name {key!r} does not say that it belongs to layer {index}, which would move to "
+                f"{self.place[index]}; drop only layers after it"
+            )
         parts[where] = str(self.place[index])
         return ".".join(parts)
+
+    def check_keys(self, owner: dict[str, int]) -> None:
+        """Raise UserError if a tensor has no key at its layer's new place; `owner`: the layers of tensors, by key."""
+        for key, index in owner.items():
+            if index in self.place:
+                self.layer_key(key, index)
 
     def cut(
         self, key: str, parameter: str, tensor: torch.Tensor, index: int, kept: tuple[int, ...] = ()
@@ -175,6 +192,29 @@ class Cutter:
         before = self._shapes[parameter]
         after = self._new_shapes[self._new_name(parameter, index)]
         return next((axis for axis in range(len(before)) if before[axis] != after[axis]), None)
+
+    def _check_tied(self, old: PreTrainedModel) -> None:
+        """Raise UserError unless the layers that stay share the same parameters as before, with their own values."""
+        prefix = f"{self.path}."
+
+        def moved(name: str) -> str:
+            """The name in the new model; "" if it goes."""
+            if not name.startswith(prefix):
+                return name
+            index = int(name.removeprefix(prefix).partition(".")[0])
+            return self._new_name(name, index) if index in self.place else ""
+
+        def inside(model: PreTrainedModel) -> dict[str, str]:
+            return {name: one for name, one in model.all_tied_weights_keys.items() if name.startswith(prefix)}
+
+        tied, after = inside(old), inside(self._new)
+        before = {moved(name): moved(source) for name, source in tied.items() if moved(name)}
+        if before != after:
+            odd = min(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            raise UserError(f"{odd} would not share its values with the layer that it does now; drop other layers")
+        changed = sorted(self.surgery.replaced.keys() & {*tied, *tied.values()})
+        if changed:
+            raise UserError(f"{changed[0]} serves several layers, so it cannot be given other values for one of them")
 
     def _new_name(self, parameter: str, index: int) -> str:
         return f"{self.path}.{self.place[index]}.{parameter.removeprefix(f'{self.path}.{index}.')}"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit
@@ -25,6 +26,12 @@ from llmprune.weights import Loads
 # The hidden states of a variant of the model, one tensor (sequences x tokens x width) a batch.
 States = list[torch.Tensor]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+_NOT_ALONE = (
+    "the layers of {} cannot be run one at a time: what one hands to the next is more than the hidden state ({}); weights "
+    "of it can be pruned"
+)
 
 
 class _Enough(BaseException):
@@ -80,13 +87,15 @@ class Trunk:
         states = []
         for number in range(len(self.batches)):
             calls = self._called(number, probe=number == 0)
+            if number == 0:
+                self._check_alone(calls, self._called(number, shift=1.0))
             states.append(_hidden(*calls[0]))
             self._calls.append([_without_hidden(*call) for call in calls])
         return states
 
     def entering(self, batch: int) -> torch.Tensor:
         """What enters the first layer, for one batch, when all have entered once; with its graph if there is one."""
-        return _hidden(*self._called(batch, probe=False)[0])
+        return _hidden(*self._called(batch)[0])
 
     @contextlib.contextmanager
     def loaded(self, *layers: int) -> Iterator[None]:
@@ -131,10 +140,8 @@ class Trunk:
         try:
             yield
         except (AttributeError, TypeError, ValueError, IndexError, KeyError) as error:
-            raise UserError(
-                f"the layers of {type(self.model).__name__} cannot be run one at a time: what one hands to the next is more "
-                f"than the hidden state ({str(error).strip() or type(error).__name__}); weights of it can be pruned"
-            ) from error
+            why = str(error).strip() or type(error).__name__
+            raise UserError(_NOT_ALONE.format(type(self.model).__name__, why)) from error
 
     def walk(self, states: States) -> Iterator[tuple[int, States]]:
         """Run through all layers, yielding each index and its outputs, with its weights still loaded."""
@@ -160,16 +167,28 @@ class Trunk:
         """How many tokens have a loss: all but the first of every sequence."""
         return sum(batch["input_ids"][:, 1:].numel() for batch in self.batches)
 
-    def _called(self, number: int, *, probe: bool) -> list[Call]:
-        """The arguments of every layer, for one batch."""
+    def _called(self, number: int, *, probe: bool = False, shift: float = 0.0) -> list[Call]:
+        """The arguments of every layer, for one batch; `shift`: what each adds to the hidden state."""
         calls: list[Call] = []
-        with contextlib.suppress(_Enough), self._bypassed(calls, None, probe=probe), self._one_at_a_time():
+        bypassed = self._bypassed(calls, None, probe=probe, shift=shift)
+        with contextlib.suppress(_Enough), bypassed, self._one_at_a_time():
             self.model(**self.batches[number], use_cache=False)
         return calls
 
+    def _check_alone(self, calls: list[Call], others: list[Call]) -> None:
+        """Refuse a model that calls its layers with more that depends on what the layers before put out."""
+        for unit, one, other in zip(self.units, calls, others, strict=True):
+            pairs = zip(*(tree_leaves(_without_hidden(*call)) for call in (one, other)), strict=True)
+            if not all(torch.equal(*pair) for pair in pairs if isinstance(pair[0], torch.Tensor)):
+                raise UserError(
+                    _NOT_ALONE.format(type(self.model).__name__, f"{unit.name} is given what others put out")
+                )
+
     @contextlib.contextmanager
-    def _bypassed(self, calls: list[Call], result: torch.Tensor | None, *, probe: bool = False) -> Iterator[None]:
-        """While active, layers return what they get, and the last one `result` (or ends the forward).
+    def _bypassed(
+        self, calls: list[Call], result: torch.Tensor | None, *, probe: bool = False, shift: float = 0.0
+    ) -> Iterator[None]:
+        """While active, layers return what they get, plus `shift`, and the last one `result` (or ends the forward).
 
         `calls` receives the arguments of every layer. `probe`: layer 0 really runs once, to see whether
         the layers of this class return tuples, and how long ones.
@@ -185,7 +204,8 @@ class Trunk:
                     if result is None:
                         raise _Enough
                     return answer(result)
-                return answer(_hidden(args, kwargs))
+                hidden = _hidden(args, kwargs)
+                return answer(hidden + shift if shift else hidden)
 
             return forward
 

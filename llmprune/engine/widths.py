@@ -22,6 +22,7 @@ class Evidence:
 
     `writer_OI`: that matrix, float32; unit u feeds its columns `columns_UN[u]`. `stats`: of its inputs; None if no
     token was seen. `first`: the number of the first unit among all of its place. `values`: the layer's parameters.
+    Key dimensions feed none: N and I are 0, and `stats` are of what queries and keys are computed from.
     """
 
     units: Units
@@ -70,6 +71,11 @@ def slices(units: Units, values: Mapping[str, torch.Tensor]) -> Iterator[torch.T
 
 def evidences(units: Units, stats: Mapping[str, Stats], values: Mapping[str, torch.Tensor]) -> Iterator[Evidence]:
     """The evidence of a place, one for every matrix that its units write through."""
+    if units.reader is not None:
+        none = torch.empty(0, 0)
+        columns_UN = torch.empty(units.count, 0, dtype=torch.int64)
+        yield Evidence(units, 0, columns_UN, units.strata, none, stats.get(units.reader.name), values)
+        return
     assert units.writer is not None and units.columns_UN is not None
     writer = units.writer
     weight = values[writer.name]

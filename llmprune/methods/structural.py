@@ -129,7 +129,8 @@ class ExpertMethod(DepthMethod, Protocol):
 class Narrow:
     """What a width method is asked: the units of the model, and how many of each place go, which `spread` answers.
 
-    `spread` gives the number of units that go, from the scores of all units where `scored` says that it needs them.
+    `spread` gives the number of units that go, from the scores of all units where `scored` says that it needs them; with
+    `influence` these are scores of layers (see `allocation.widths`).
     `check_biases` raises UserError if the class cannot be given biases of these names. `search`: how the amounts are to
     be searched for, from those that `spread` gives; None if they are not.
     """
@@ -140,6 +141,7 @@ class Narrow:
     scored: bool
     check_biases: Callable[[list[str]], None]
     search: Evolution | None = None
+    influence: bool = False
 
 
 @dataclass

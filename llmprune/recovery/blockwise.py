@@ -195,7 +195,7 @@ class _Refit:
     def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
         if unit.name not in self._open:
             return False
-        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name, _ in unit.module.named_parameters()}
+        storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in _own(unit)}
         if self._options.passes == 0:
             found, before, after = rescale(unit, storage, calls, targets)
             for name, value in found.items():
@@ -247,9 +247,14 @@ class _Refit:
         return not self._open
 
 
+def _own(unit: Unit) -> list[str]:
+    """The names of the parameters that no other layer lends."""
+    return [name for name, _ in unit.module.named_parameters() if unit.prefix + name not in unit.borrowed]
+
+
 def _parts(unit: Unit, parts: str) -> list[list[str]]:
     """The names of the parameters that are fitted together, in order."""
-    names = [name for name, _ in unit.module.named_parameters()]
+    names = _own(unit)
     if parts == "layer":
         return [names]
     return [[name for name in names if attends(name) == attention] for attention in (True, False)]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmprune.arch.units import Units
-from llmprune.methods.width.sequential import lowest
+from llmprune.methods.width.choice import lowest
 
 # Louizos et al. 2018, "Learning Sparse Neural Networks through L0 Regularization", section 2.2
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1

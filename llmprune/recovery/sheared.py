@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmprune.arch.units import KEY, RESIDUAL
 from llmprune.checkpoint.slicing import Slicing
 from llmprune.recipe import Recipe, Width
 from llmprune.recovery.finetune import Finetune
@@ -57,6 +58,10 @@ class Sheared(Kind):
         self._plan: WidthPlan = plan_width(model, model.config, recipe)
         asked = self._plan.asked
         counts = {place: count for place, count in asked.spread({}).items() if count}
+        if any(asked.units[place].writer is None for place in counts):
+            raise UserError(
+                f"units={self.units}: gates stand on what o and down read, which {KEY} and {RESIDUAL} are not"
+            )
         by_name = {target.name: target for target in targets}
         places = {place: by_name[asked.units[place].writer.name] for place in counts}  # type: ignore[union-attr]
         trained = self.trainer().prepare(model, targets)

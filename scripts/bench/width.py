@@ -84,6 +84,7 @@ METHODS = {
     "minitron channels and hidden": Way("minitron", keys={"width": {"units": ["channel", "residual"]}}, alone=False),
     "thinet": Way("thinet"),
     "modegpt": Way("modegpt"),
+    "modegpt whole": Way("modegpt", keys={"allocation": "influence", **REMOTE}, alone=False, plain=False),
     "group-fisher": Way("group-fisher"),
     "group-fisher least-squares": Way("group-fisher", FULL),
     "bonsai": Way("bonsai", {"masks": 64, "sequences": 8}),

@@ -8,11 +8,14 @@ import tiny
 from transformers import (
     ApertusConfig,
     ArceeConfig,
+    Cohere2Config,
+    Ernie4_5Config,
     FalconConfig,
     Gemma2Config,
     GlmConfig,
     GPTJConfig,
     GraniteConfig,
+    HeliumConfig,
     LlamaConfig,
     MistralConfig,
     MptConfig,
@@ -47,6 +50,9 @@ MORE: dict[str, Any] = {
     "falcon-new": FalconConfig(
         **tiny.SIZES, **tiny.SPECIAL, new_decoder_architecture=True, num_kv_heads=2, max_position_embeddings=64
     ),
+    "cohere2": Cohere2Config(**WIDE, sliding_window=6, layer_types=["sliding_attention"] * 3),
+    "helium": HeliumConfig(**WIDE, head_dim=4),
+    "ernie4.5": Ernie4_5Config(**WIDE, head_dim=4),
     "mpt": MptConfig(vocab_size=tiny.VOCABULARY, d_model=32, n_layers=3, n_heads=4, max_seq_len=64),
     "gptj": GPTJConfig(
         vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=3, n_head=4, rotary_dim=4, n_positions=64, **tiny.SPECIAL

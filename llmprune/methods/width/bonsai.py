@@ -12,8 +12,9 @@ from llmprune.checkpoint.slicing import Place
 from llmprune.engine.gates import gated
 from llmprune.engine.trunk import Trunk, token_losses
 from llmprune.methods.structural import Narrow
+from llmprune.methods.width.choice import lowest
 from llmprune.methods.width.minitron import Minitron
-from llmprune.methods.width.sequential import ModelScores, lowest, scores_of
+from llmprune.methods.width.sequential import ModelScores, scores_of
 from llmprune.solvers.groups import ridge
 from llmprune.types import UserError
 

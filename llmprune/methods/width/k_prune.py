@@ -11,7 +11,8 @@ from llmprune.engine.gradients import squared_gates
 from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
 from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.choice import Way
+from llmprune.methods.width.sequential import UnitMethod, given, narrow
 from llmprune.solvers.groups import own_energy
 from llmprune.statistics import GRAM
 
@@ -62,9 +63,11 @@ class KPrune(UnitMethod):
 
         predictive = squared_gates(trunk, asked.units.values(), drawn)
 
+        known = given(predictive)
+
         def score(evidence: Evidence) -> torch.Tensor:
             assert evidence.stats is not None
-            known_U = predictive[(evidence.units.layer, evidence.units.kind)]
+            known_U = known(evidence)
             put_out_U = own_energy(evidence.writer_OI, evidence.stats.gram_II, evidence.columns_UN).cpu()
             return _shares(known_U) + self.balance * _shares(put_out_U)
 

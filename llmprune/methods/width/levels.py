@@ -18,7 +18,8 @@ from llmprune.checkpoint.slicing import Place
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences
 from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import Layer, Way, by_layer, choose, halves, scores_of
+from llmprune.methods.width.choice import Way, choose
+from llmprune.methods.width.sequential import Layer, amounts, by_layer, halves
 from llmprune.solvers.groups import damped, fold
 
 # The share of the calibration sequences that each stage of the search looks at.
@@ -28,7 +29,7 @@ SHARES = (1 / 16, 1 / 4, 1.0)
 def searched(trunk: Trunk, asked: Narrow, way: Way) -> tuple[Counts, dict[str, Any]]:
     """How many units of every place go, by `asked.search`, and what the report says of the search."""
     assert asked.search is not None
-    counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
+    counts = amounts(trunk, asked, way)
     start = asked.search.start({place: counts[place] for place in asked.search.demand.units})
     levels = Levels(trunk, asked, way, {**counts, **start}, asked.search.levels(start))
     best, history = asked.search.search(start, Divergence(trunk, levels))

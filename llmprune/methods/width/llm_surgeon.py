@@ -12,7 +12,8 @@ from llmprune.engine.trunk import Trunk
 from llmprune.engine.widths import Evidence
 from llmprune.linalg import symmetric
 from llmprune.methods.structural import Narrow, Narrowed
-from llmprune.methods.width.sequential import UnitMethod, Way, narrow
+from llmprune.methods.width.choice import Way
+from llmprune.methods.width.sequential import UnitMethod, narrow
 from llmprune.solvers.groups import damped
 
 
@@ -38,6 +39,10 @@ class LLMSurgeonStructured(UnitMethod):
         "what enters every layer for all tokens, a square matrix of the hidden width for every o and down, two of the "
         "inner width in float64, and the new o and down matrices of all layers"
     )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping_outputs <= 1:
+            raise ValueError(f"damping_outputs {self.damping_outputs} must be above 0 and at most 1")
 
     def way(self) -> Way:
         return Way(None, "least-squares", damping=self.damping)

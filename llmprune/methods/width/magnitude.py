@@ -26,6 +26,7 @@ class GroupMagnitude(ScoredUnits):
     norm: int = 2
 
     scores_hidden: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = "arXiv:1608.08710"
     memory: ClassVar[str] = "one layer"

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from llmprune.engine.trunk import Trunk
 from llmprune.methods.structural import Narrow, Narrowed
+from llmprune.methods.width.choice import Way
 from llmprune.methods.width.levels import searched
-from llmprune.methods.width.sequential import UnitMethod, Way
+from llmprune.methods.width.sequential import UnitMethod
 
 
 @dataclass(frozen=True)

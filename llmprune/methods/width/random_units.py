@@ -23,6 +23,7 @@ class RandomUnits(ScoredUnits):
     seed: int = 0
 
     scores_hidden: ClassVar[bool] = True
+    compares: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
     paper: ClassVar[str] = ""
     memory: ClassVar[str] = "one layer"

@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
+from llmprune.allocation.widths import LAYER
 from llmprune.arch.roles import Weight
-from llmprune.arch.units import KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE
+from llmprune.arch.units import KEY, KV_GROUP, QUERY_HEAD, RESIDUAL, VALUE, heads_of
 from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
 from llmprune.engine.dense import Inputs
+from llmprune.engine.similarity import turns
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.engine.widths import Evidence, evidences, measure, record
 from llmprune.methods.structural import TEXT, Narrow, Narrowed
-from llmprune.solvers.groups import damped, eliminate, fold, mean_fold, unlike
+from llmprune.methods.width.choice import Score, Way, choose, lowest
+from llmprune.solvers.groups import damped, fold, mean_fold
 from llmprune.solvers.retarget import retarget
-from llmprune.statistics import DRIFT, GRAM, MOMENTS, Stats
+from llmprune.statistics import DRIFT, Stats
 from llmprune.types import UserError
 
-# The scores of the units of some evidence: those with the lowest go.
-Score: TypeAlias = Callable[[Evidence], torch.Tensor]
-# The writing matrix of some evidence, its outputs turned and scaled so that their squared errors count alike.
-Weigh: TypeAlias = Callable[[Evidence], torch.Tensor]
 HEADS = (KV_GROUP, QUERY_HEAD)
 COMPENSATIONS = ("none", "bias", "least-squares")
-
-
-@dataclass(frozen=True)
-class Way:
-    """How units are chosen and made up for.
-
-    `score`: of the units; None: OBS chooses them one after another. `compensate`: what the writing matrix does for what
-    it loses: nothing, a bias, or the least squares fit of the columns that stay. `pruned`: whether a layer sees what
-    the pruned layers before it put out, or what the dense ones did. `aim`, 0 to 1: how far the matrix aims at what it
-    puts out in the dense model. `kinds`: statistics that `score` reads. `unique`: scores are multiplied by `unlike`.
-    `weigh`: for OBS, where errors of some outputs count more than those of others. `hidden`: the scores of dimensions of the
-    hidden state in the dense model, of a method that has such. `basis`: a new basis for the value dimensions of each kv
-    head, in which they are chosen.
-    """
-
-    score: Score | None
-    compensate: str = "none"
-    pruned: bool = True
-    damping: float = 0.01
-    aim: float = 0.0
-    kinds: frozenset[str] = frozenset()
-    unique: bool = False
-    weigh: Weigh | None = None
-    hidden: Callable[[Trunk, Narrow], torch.Tensor] | None = None
-    basis: Callable[[Evidence], torch.Tensor] | None = None
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """The statistics that are needed."""
-        gram = self.score is None or self.compensate == "least-squares" or self.unique
-        extra = {GRAM: gram, DRIFT: self.aim > 0, MOMENTS: self.compensate == "bias"}
-        return self.kinds | {kind for kind, wanted in extra.items() if wanted}
 
 
 class UnitMethod:
@@ -70,6 +37,8 @@ class UnitMethod:
     output: ClassVar[str] = "plain"
     takes_list: ClassVar[bool] = False
     searches: ClassVar[bool] = False  # whether it can be asked to search for the amounts
+    whole: ClassVar[tuple[str, ...]] = ()  # the units that go with layout=remote-code, where the user names none
+    compares: ClassVar[bool] = False  # whether it has scores for key dimensions
 
     def way(self) -> Way:
         """How the method goes."""
@@ -82,6 +51,15 @@ class UnitMethod:
             raise UserError(
                 "allocation=evolutionary chooses among levels of group-obs (ziplm, slimgpt, osscar); use that method"
             )
+        if asked.search is not None and (way.aim or not way.pruned):
+            raise UserError(
+                "allocation=evolutionary compares layers on the pruned stream: leave out aim and stream=dense (ziplm)"
+            )
+        if any(kind == KEY for _, kind in asked.units):
+            if not self.compares:
+                raise UserError(f"this method has no scores for {KEY}s; modegpt, group-magnitude and random-units have")
+            if way.unique:
+                raise UserError(f"uniqueness compares what units put out, and {KEY}s put out nothing by themselves")
         if HIDDEN in asked.units and way.hidden is None:
             raise UserError(
                 f"this method has no scores for dimensions of the hidden state ({RESIDUAL}); llm-pruner, minitron, "
@@ -157,7 +135,7 @@ class ModelScores(ScoredUnits):
 
 def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
     """Take units out of layer after layer. Holds one layer, the activations, and every matrix that gets new values."""
-    counts = asked.spread(scores_of(trunk, asked, way) if asked.scored else {})
+    counts = amounts(trunk, asked, way)
     found = Narrowed({place: [] for place in asked.units})
     if HIDDEN in asked.units:
         assert way.hidden is not None
@@ -184,6 +162,16 @@ def narrow(trunk: Trunk, asked: Narrow, way: Way) -> Narrowed:
                 if states:
                     states = trunk.run(index, states) if after is None else after
     return found
+
+
+def amounts(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, int]:
+    """How many units of each place go."""
+    if not asked.scored:
+        return asked.spread({})
+    if not asked.influence:
+        return asked.spread(scores_of(trunk, asked, way))
+    turned = enumerate(turns(trunk, 1).cosine_distance)
+    return asked.spread({(index, LAYER): torch.tensor(one) for index, one in turned})
 
 
 def scores_of(trunk: Trunk, asked: Narrow, way: Way) -> dict[Place, torch.Tensor]:
@@ -255,16 +243,16 @@ class Layer:
         if self.way.basis is None or place not in half or not counts[place]:
             return False
         attention = self.asked.roles.layers[self.index].attention
-        assert attention.value is not None
+        value, index_GH = heads_of(attention)[2]
         values = {self.prefix + name: one.data for name, one in held.items()}
         (evidence,) = evidences(self.asked.units[place], stats, values)
         basis_GHK = self.way.basis(evidence)
         back_GKH = torch.linalg.inv(basis_GHK)
-        for name, axis in ((attention.value.name, attention.value.output_axis), (attention.value.bias, 0)):
+        for name, axis in ((value.name, value.output_axis), (value.bias, 0)):
             if name is not None:
-                rows_GHD = values[name].movedim(axis, 0).double().reshape(*basis_GHK.shape[:2], -1)
-                turned = (basis_GHK.mT @ rows_GHD).reshape(values[name].movedim(axis, 0).shape).movedim(0, axis)
-                values[name].copy_(turned)
+                rows = values[name].movedim(axis, 0)
+                rows_GHD = rows[index_GH].double().flatten(2) if rows.dim() > 1 else rows[index_GH].double()[..., None]
+                rows[index_GH] = (basis_GHK.mT @ rows_GHD).view(rows[index_GH].shape).to(rows.dtype)
                 found.values[name] = values[name].cpu().clone()
         columns = values[attention.output.name].movedim(attention.output.input_axis, 0)
         columns_GRHO = columns.double().reshape(len(basis_GHK), -1, basis_GHK.shape[1], columns.shape[-1])
@@ -294,8 +282,7 @@ class Layer:
             slicing = Slicing([units], shapes, {place: found.removed[place]}, ragged=True)
             for name in shapes:
                 values[name].copy_(slicing.zeroed(name, values[name]))
-            if self.way.compensate == "least-squares":
-                assert units.writer is not None
+            if self.way.compensate == "least-squares" and units.writer is not None:
                 found.values[units.writer.name] = values[units.writer.name].cpu().clone()
 
     def _make_up(
@@ -303,7 +290,8 @@ class Layer:
     ) -> None:
         """New values for the writing matrix, or its bias, in place."""
         stats, writer, way = evidence.stats, evidence.units.writer, self.way
-        assert writer is not None
+        if writer is None:
+            return
         gone_I = torch.zeros(evidence.writer_OI.shape[1], dtype=torch.bool, device=evidence.writer_OI.device)
         gone_I[evidence.columns_UN[gone]] = True
         if stats is None or way.compensate == "none" or not (gone or way.aim):
@@ -324,13 +312,6 @@ class Layer:
             stored.copy_(new_OI if writer.output_axis == 0 else new_OI.T)
 
 
-def lowest(score_U: torch.Tensor, count: int, strata: int = 1) -> list[int]:
-    """The units with the lowest scores, as many from each of `strata` runs, ties to the lowest number."""
-    runs_SU = score_U.double().view(strata, -1)
-    order_SU = runs_SU.argsort(dim=1, stable=True)[:, : count // strata]
-    return (order_SU + torch.arange(strata, device=order_SU.device)[:, None] * runs_SU.shape[1]).flatten().tolist()
-
-
 def given(scores: Mapping[Place, torch.Tensor]) -> Score:
     """Scores that are known beforehand."""
 
@@ -346,42 +327,23 @@ def bias_name(weight: str) -> str:
     return f"{weight.removesuffix('weight')}bias"
 
 
-def choose(evidence: Evidence, count: int, way: Way) -> tuple[list[int], torch.Tensor]:
-    """The units that go, and the scores of all."""
-    if evidence.stats is None and way.reads:
-        # no token came by: what is left to go by is the size of the weights
-        score_U = torch.stack([rows.square().sum((1, 2)) for rows in evidence.weights()]).sum(0)
-        return lowest(score_U, count, evidence.strata), score_U
-    if way.score is not None:
-        score_U = way.score(evidence)
-        if way.unique:
-            assert evidence.stats is not None
-            score_U = score_U * unlike(evidence.stats.gram_II, evidence.columns_UN).to(score_U)
-        return lowest(score_U, count, evidence.strata), score_U
-    assert evidence.stats is not None
-    system_II = damped(evidence.stats.gram_II, way.damping)
-    writer_OI = evidence.writer_OI if way.weigh is None else way.weigh(evidence)
-    trace = eliminate(writer_OI, system_II, evidence.columns_UN, count, evidence.strata)
-    score_U = torch.full((evidence.count,), float("inf"), dtype=torch.float64)
-    score_U[trace.order] = torch.tensor(trace.losses, dtype=torch.float64).cummax(0).values
-    return trace.order, score_U.nan_to_num(posinf=max(trace.losses, default=0.0))
-
-
 def by_layer(trunk: Trunk, asked: Narrow) -> Iterator[tuple[int, list[Place]]]:
     for index in range(trunk.depth):
         yield index, [place for place in asked.units if place[0] == index]
 
 
 def halves(places: list[Place]) -> Iterator[list[Place]]:
-    """Places that write through the same matrix, in the order of the forward pass."""
+    """Places that write through the same matrix, in the order of the forward pass; first those that write through none."""
+    keys = [place for place in places if place[1] == KEY]
     heads = [place for place in places if place[1] in (*HEADS, VALUE)]
-    for half in (heads, [place for place in places if place not in heads]):
+    for half in (keys, heads, [place for place in places if place not in (*keys, *heads)]):
         if half:
             yield half
 
 
 def _names(asked: Narrow, places: list[Place]) -> list[str]:
-    return [one.name for one in _writers(asked, places)]
+    units = [asked.units[place] for place in places]
+    return [one.name for unit in units if (one := unit.writer or unit.reader) is not None]
 
 
 def _writers(asked: Narrow, places: list[Place]) -> list[Weight]:
