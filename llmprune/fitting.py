@@ -13,6 +13,7 @@ from llmprune.forecast import Forecast, Probe, Situation
 from llmprune.memory import Meter
 from llmprune.pipeline import Pruning, schedule_of
 from llmprune.progress import Reporter
+from llmprune.recipe import Engine
 from llmprune.statistics import OF_WEIGHTS
 from llmprune.weights import Resident, Streamed
 
@@ -44,23 +45,23 @@ def settle(job: Job, weights: Streamed | Resident, reporter: Reporter, started: 
 
 def _foreseen(job: Job, weights: Streamed | Resident, reporter: Reporter) -> Forecast | None:
     """`look_ahead` with as large a batch as the device can take."""
+    asked = job.recipe.engine
     while True:
         try:
-            return look_ahead(job, weights)
+            return look_ahead(job, weights, asked)
         except torch.OutOfMemoryError:
             if not _can_halve(job):
                 raise
         halve_batches(job, weights, reporter)
 
 
-def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
-    """Measure the largest layer on one batch, and foresee the run; prunes nothing.
+def look_ahead(job: Job, weights: Streamed | Resident, asked: Engine) -> Forecast | None:
+    """Measure the largest layer on one batch, and foresee the run; prunes nothing. What `asked` names is not changed.
 
     None for a method that reads gradients: what they cost is not foreseen.
     """
     if job.method.needs & OF_WEIGHTS:
         return None
-    engine = job.recipe.engine
     meter = Meter(job.device)
     probe = Probe(job.plan, weights, job.method, meter, all_experts=job.recipe.calibration.all_experts)
     with torch.no_grad(), contextlib.closing(meter), job.prepared(weights):
@@ -70,7 +71,7 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
         job.method,
         job.epochs,
         [one["input_ids"].numel() for one in job.share.batches],
-        engine.batch_size,
+        job.recipe.engine.batch_size,
         hidden=job.model.get_input_embeddings().weight.shape[1] * job.dtype.itemsize,
         layer=sum(one.numel() for one in probe.unit.module.parameters()) * job.dtype.itemsize,
         stored=sum(one.bytes for one in job.checkpoint.entries.values()) if job.checkpoint else 0,
@@ -81,8 +82,8 @@ def look_ahead(job: Job, weights: Streamed | Resident) -> Forecast | None:
         probe.unit,
         _schedule(job),
         job.device,
-        schedules=engine.schedule == "auto",
-        sizes="batch_size" not in engine.model_fields_set,
+        schedules=asked.schedule == "auto",
+        sizes="batch_size" not in asked.model_fields_set,
     )
     # processes must run alike: as the one that has least room
     everyone = [Forecast(**one) for one in job.ranks.gather(dataclasses.asdict(chosen))]

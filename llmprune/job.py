@@ -225,7 +225,7 @@ class Job:
             "left_alone": self.plan.left_alone,
             "calibration": self.tokens.describe() if self.tokens else None,
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
-            "forecast": as_record(look_ahead(self, self._weights(writing=False))),
+            "forecast": as_record(look_ahead(self, self._weights(writing=False), self.recipe.engine)),
         }
 
     # Parts of a run.
