@@ -323,9 +323,7 @@ def test_a_device_that_is_too_small(work: Path, monkeypatch: pytest.MonkeyPatch)
 # --- a full folder for temporary files ---
 
 
-@pytest.mark.parametrize(
-    "options", [("--method", "fisher"), ("--method", "k-fac"), ("--method", "wanda", "--allocation", "global")]
-)
+@pytest.mark.parametrize("options", [("--method", "fisher"), ("--method", "grasp"), ("--method", "llm-surgeon")])
 def test_a_full_folder_for_temporary_files(
     options: tuple[object, ...], work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,7 +147,10 @@ def test_a_budget_is_found_then_pruned_recovered_and_shown(tmp_path: Path) -> No
     del journal["recover"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(journal))
     ran = cli(*command)
-    assert [line for line in ran.err.splitlines() if line.endswith("begins")] == ["recover: begins"]
+    assert [line for line in ran.err.splitlines() if line.endswith("begins")] == [
+        "recover: begins",
+        "eval recovered: begins",
+    ]
     assert runner.product(tmp_path / "out" / "recovered") == expected
 
 
