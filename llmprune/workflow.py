@@ -157,8 +157,8 @@ class _Run:
                 self._models[model] = self._step(f"eval {model.name}", decides, measure, is_there)
         made = [*found, *self._models.values()]
         if workflow.report is not None:
-            is_there = (folder / "report.html").is_file
-            self._step("report", [_plain(workflow.report), *made], self._report, is_there)
+            page = folder / "report.html"
+            self._step("report", [_plain(workflow.report), *made], self._report, page.is_file)
         if workflow.push is not None:
             self._step("push", [_plain(workflow.push), *made], self._push, lambda: True)
         last = list(self._models)[-1]

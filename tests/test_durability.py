@@ -463,7 +463,7 @@ def test_a_run_that_is_refused_late_leaves_nothing(tmp_path: Path, monkeypatch: 
     "amount",
     [
         ("--method", "laco", "--drop-layers", 1),
-        ("--method", "flap", "--ratio", 0.25),
+        ("--method", "group-obs", "--ratio", 0.25),
         ("--method", "slicegpt", "--ratio", 0.25),
     ],
 )
