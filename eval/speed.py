@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from llmprune.calibration import longest
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.perplexity import open_model
+from llmprune.kernels import dispatch
+from llmprune.kernels.linear24 import SparseLinear24
 from llmprune.memory import PeakMemory, current
 from llmprune.types import UserError
 
@@ -37,7 +40,7 @@ def bench(
     Prefill is the time to the first token of a random prompt of `prompt` tokens; decoding that of `new` greedy
     tokens after it, per token (of the whole batch). The first round warms up and is not counted. Figures are
     medians in seconds with the quartiles. `sparse`: all but the model called "dense" run their N:M layers on
-    the sparse kernels. Raises UserError.
+    the sparse kernels; which ones those were is in `kernels`. Raises UserError.
     """
     limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
     for name, (value, least) in limits.items():
@@ -63,8 +66,10 @@ def bench(
         for label, model in opened.items():
             place = ids_BT.to(model.device)
             if number == 0:
-                rows[label]["prefill_flops"] = _flops(model, place)
-                rows[label]["memory"] = _peak(model, place, new)
+                with dispatch.recorded() as ran:
+                    rows[label]["prefill_flops"] = _flops(model, place)
+                    rows[label]["memory"] = _peak(model, place, new)
+                rows[label]["kernels"] = ran
                 continue
             first, whole = _clock(model, place, 1), _clock(model, place, new)
             times[label]["prefill"].append(first)
@@ -88,14 +93,18 @@ class _Unused:
 
 
 def _size(which: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Bytes of the files and of the loaded weights; parameters and zeros as of the dense matrices that packed ones stand for."""
     checkpoint = Checkpoint(resolve(which))
     tied = model.all_tied_weights_keys
-    weights = [one for name, one in model.named_parameters() if name not in tied]
+    held = [one for name, one in model.named_parameters() if name not in tied]
+    packed = [one for one in model.modules() if isinstance(one, SparseLinear24)]
+    counts = [(one.numel(), int((one == 0).sum())) for one in itertools.chain(held, (one.weight for one in packed))]
+    buffers = {id(one): one for layer in packed for one in layer.packed.buffers()}
     return {
         "file_bytes": sum((checkpoint.folder / name).stat().st_size for name in checkpoint.files),
-        "params": sum(one.numel() for one in weights),
-        "zeros": sum(int((one == 0).sum()) for one in weights),
-        "weight_bytes": sum(one.numel() * one.element_size() for one in weights),
+        "params": sum(count for count, _ in counts),
+        "zeros": sum(zeros for _, zeros in counts),
+        "weight_bytes": sum(one.nbytes for one in (*held, *buffers.values())),
     }
 
 
@@ -110,9 +119,15 @@ def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> None:
 @torch.no_grad()
 def _flops(model: PreTrainedModel, ids_BT: torch.Tensor) -> int:
     """Floating point operations of the matrix products of a prefill, zeros counted like any weight."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.llmprune.matmul24: _packed_flops}) as counter:
         model(input_ids=ids_BT, use_cache=False)
     return int(counter.get_total_flops())
+
+
+def _packed_flops(x_TI: list[int], values_OV: list[int], *rest: object, **result: object) -> int:
+    """Of a product with a packed 2:4 matrix, from the shapes of its operands."""
+    tokens, inputs = x_TI
+    return 2 * tokens * inputs * values_OV[0]
 
 
 def _clock(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> float:

@@ -47,8 +47,13 @@ class Implementation:
         return found
 
 
-def _triton(kernel: str, function: str, fits: Callable[..., str | None]) -> Implementation:
-    return Implementation("triton", function, eligibility.triton, fits, partial(eligibility.measured, kernel))
+def _triton(
+    kernel: str,
+    function: str,
+    fits: Callable[..., str | None],
+    sizes: Callable[..., dict[str, int]] = eligibility.any_size,
+) -> Implementation:
+    return Implementation("triton", function, eligibility.triton, fits, partial(eligibility.measured, kernel, sizes))
 
 
 TABLE: dict[str, tuple[Implementation, ...]] = {
@@ -63,7 +68,7 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", "product:product_torch"),
     ),
     "gram_update": (
-        _triton("gram_update", "gram_triton:gram_update_", eligibility.gram),
+        _triton("gram_update", "gram_triton:gram_update_", eligibility.gram, eligibility.gram_sizes),
         Implementation("torch", "gram:gram_update_torch_"),
     ),
     "column_moments": (
@@ -87,13 +92,15 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
             "sparse24_gluon:matmul24",
             eligibility.mma_sp,
             eligibility.decode_mma_sp,
-            partial(eligibility.measured, "matmul24_gluon"),
+            partial(eligibility.measured, "matmul24_gluon", eligibility.product_sizes),
         ),
-        _triton("matmul24", "sparse24_triton:matmul24", eligibility.matmul24),
+        _triton("matmul24", "sparse24_triton:matmul24", eligibility.matmul24, eligibility.product_sizes),
         Implementation("torch", "sparse24:matmul24_torch"),
     ),
     "matmul_bitmask": (
-        _triton("matmul_bitmask", "bitmask_triton:matmul_bitmask", eligibility.decode_bitmask),
+        _triton(
+            "matmul_bitmask", "bitmask_triton:matmul_bitmask", eligibility.decode_bitmask, eligibility.bitmask_sizes
+        ),
         Implementation("torch", "bitmask:matmul_bitmask_torch"),
     ),
     "matmul_overflow": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,30 @@ def mma_sp(device: torch.device) -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} has no sparse tensor cores"
 
 
-def measured(kernel: str, *operands: torch.Tensor) -> str | None:
-    """A kernel runs by itself only on a GPU where it was found to be right and faster than torch."""
+def measured(kernel: str, sizes: Callable[..., dict[str, int]], *operands: torch.Tensor) -> str | None:
+    """A kernel runs by itself only where it was found, at about these sizes, to be right and the fastest."""
     if interpreted():
         return "triton's interpreter is for tests"
-    if tuned.beats_torch(kernel, operands[0].device):
+    device = operands[0].device
+    if tuned.is_faster(kernel, device, **sizes(*operands)):
         return None
-    return f"no measurement on this GPU ({tuned.name_of(operands[0].device)}) says that it is faster than torch"
+    return f"no measurement on this GPU ({tuned.name_of(device)}) says that it is the fastest at this size"
+
+
+def any_size(*operands: Any) -> dict[str, int]:
+    return {}
+
+
+def gram_sizes(lower_II: torch.Tensor, x_TI: torch.Tensor, *more: torch.Tensor) -> dict[str, int]:
+    return {"bits": x_TI.dtype.itemsize * 8}
+
+
+def product_sizes(x_TI: torch.Tensor, values_OV: torch.Tensor, *rest: Any) -> dict[str, int]:
+    return {"tokens": len(x_TI), "outputs": len(values_OV)}
+
+
+def bitmask_sizes(x_TI: torch.Tensor, values_V: torch.Tensor, words_OW: torch.Tensor, *rest: Any) -> dict[str, int]:
+    return product_sizes(x_TI, words_OW)
 
 
 def interpreted() -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterable
 
 import torch
 
@@ -27,10 +29,20 @@ def gram_update_(lower_II: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
     return lower_II
 
 
-def gram_updates_(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """`gram_update_` of several Gram matrices of one width, as experts have them: one launch on a GPU."""
-    if pairs:
-        dispatch.run("gram_update", *itertools.chain.from_iterable(pairs))
+def gram_updates_(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """`gram_update_` of several, as experts have them: on a GPU one launch for all that can share it.
+
+    Those can that have one width, dtype and device. A Gram matrix that is named again goes to a later launch: within
+    one, nobody knows who is first.
+    """
+    launches: dict[Hashable, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    turns: Counter[int] = Counter()
+    for lower_II, x_TI in pairs:
+        key = (x_TI.shape[1], x_TI.dtype, x_TI.device, turns[lower_II.data_ptr()])
+        turns[lower_II.data_ptr()] += 1
+        launches.setdefault(key, []).append((lower_II, x_TI))
+    for together in launches.values():
+        dispatch.run("gram_update", *itertools.chain.from_iterable(together))
 
 
 def gram_update_torch_(*operands: torch.Tensor) -> None:

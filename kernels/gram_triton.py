@@ -57,7 +57,8 @@ def gram_update_(*operands: torch.Tensor) -> None:
     inputs = [one if one.data_ptr() % 16 == 0 else one.clone() for one in inputs]
     width = len(lowers[0])
     rows = [(x.data_ptr(), lower.data_ptr(), len(x)) for x, lower in zip(inputs, lowers, strict=True)]
-    table_N3 = torch.tensor(rows, dtype=torch.int64).to(lowers[0].device)
+    # the driver has taken its copy when the call returns, so nothing waits for the GPU
+    table_N3 = torch.tensor(rows, dtype=torch.int64).to(lowers[0].device, non_blocking=True)
     dtype = inputs[0].dtype
     launch: dict[str, Any] = configuration("gram_update", lowers[0].device, bits=dtype.itemsize * 8)
     tiles = triton.cdiv(width, launch["BLOCK_I"])

@@ -21,7 +21,7 @@ from llmprune.kernels import eligibility
 from llmprune.kernels.sparse24 import unpack24
 from llmprune.kernels.tuned import configuration
 
-# Rows of one program, and tokens of one instruction.
+# Rows of one strip, and tokens of one instruction.
 ROWS, TOKENS = 16, 8
 
 _ASM = """{
@@ -47,11 +47,12 @@ def _nibbles(words, lane):
 @gluon.jit
 def matmul24_kernel(
     x_ptr, pairs_ptr, words_ptr, y_ptr, tokens, outputs, inputs, x_stride,
-    ASM: gl.constexpr, BLOCKS: gl.constexpr,
+    ASM: gl.constexpr, BLOCKS: gl.constexpr, STRIPS: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """y[t, o] for 16 outputs; the warps share the steps, and their sums are added in fixed order.
+    """y[split, t, o] for STRIPS times 16 outputs, over this split's steps; its warps share those, summed in fixed order.
 
-    `x_ptr` and `x_stride` count pairs of activations (int32), `words_ptr` 16 nibbles (int64).
+    `x_ptr` and `x_stride` count pairs of activations (int32), `words_ptr` 16 nibbles (int64). All strips multiply the
+    activations that were loaded once: with many tokens those, not the weights, are what a program mostly reads.
     """
     WARPS: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
@@ -59,7 +60,9 @@ def matmul24_kernel(
     j = gl.arange(0, 4, layout=gl.SliceLayout(0, layout))[None, :]
     lane, warp = thread % 32, thread // 32
     g, c = lane // 4, lane % 4
-    row = (gl.program_id(0) * 16 + g).to(gl.int64)
+    strip = gl.program_id(0) * STRIPS
+    split = gl.program_id(1)
+    row = (strip * 16 + g).to(gl.int64)
     steps = inputs // 64
     pairs_at = pairs_ptr + (row * (inputs // 4) + 4 * c)[:, None] + j
     words_at = words_ptr + row * steps
@@ -67,41 +70,46 @@ def matmul24_kernel(
     place = 2 * j + (c // 2)[:, None]
     pair = 8 * (place % 4) + 2 * (place // 4) + (c % 2)[:, None]
     sums = ()
-    for _n in gl.static_range(BLOCKS):
+    for _s in gl.static_range(STRIPS * BLOCKS):
         sums += (gl.zeros([WARPS * 32, 4], gl.float32, layout),)
-    for first in range(0, steps, WARPS):
+    for first in range(split * WARPS, steps, WARPS * SPLIT):
         step = first + warp
-        there = step < steps
-        step_pairs = (step * 16)[:, None]
-        low = gl.load(pairs_at + step_pairs, mask=there[:, None], other=0)
-        high = gl.load(pairs_at + 8 * (inputs // 4) + step_pairs, mask=there[:, None], other=0)
-        # beyond the matrix the weights are zero, but metadata must name two places in order: 0 and 1
-        low_words = gl.load(words_at + step, mask=there, other=0x4444444444444444)
-        high_words = gl.load(words_at + 8 * steps + step, mask=there, other=0x4444444444444444)
-        metadata = (_nibbles(low_words, c) | (_nibbles(high_words, c) << 16))[:, None] + 0 * j
+        low, high, metadata = (), (), ()
+        for s in gl.static_range(STRIPS):
+            there = (step < steps) & ((strip + s) * 16 < outputs)
+            at = pairs_at + 16 * s * (inputs // 4) + (step * 16)[:, None]
+            low += (gl.load(at, mask=there[:, None], other=0),)
+            high += (gl.load(at + 8 * (inputs // 4), mask=there[:, None], other=0),)
+            # beyond the matrix the weights are zero, but metadata must name two places in order: 0 and 1
+            low_words = gl.load(words_at + 16 * s * steps + step, mask=there, other=0x4444444444444444)
+            high_words = gl.load(words_at + (16 * s + 8) * steps + step, mask=there, other=0x4444444444444444)
+            metadata += ((_nibbles(low_words, c) | (_nibbles(high_words, c) << 16))[:, None] + 0 * j,)
         new = ()
         for n in gl.static_range(BLOCKS):
-            inside = ((n * 8 + g < tokens) & there)[:, None]
+            inside = ((n * 8 + g < tokens) & (step < steps))[:, None]
             x_at = x_ptr + ((n * 8 + g).to(gl.int64) * x_stride + step * 32)[:, None] + pair
             x_first = gl.load(x_at, mask=inside, other=0)
             x_second = gl.load(x_at + 4, mask=inside, other=0)
-            new += (
-                gl.inline_asm_elementwise(
-                    ASM,
-                    "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
-                    [low, high, x_first, x_second, sums[n], metadata],
-                    dtype=gl.float32,
-                    is_pure=True,
-                    pack=4,
-                ),
-            )
+            for s in gl.static_range(STRIPS):
+                new += (
+                    gl.inline_asm_elementwise(
+                        ASM,
+                        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,f,f,f,f,r,r,r,r",
+                        [low[s], high[s], x_first, x_second, sums[n * STRIPS + s], metadata[s]],
+                        dtype=gl.float32,
+                        is_pure=True,
+                        pack=4,
+                    ),
+                )
         sums = new
     lanes = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))[:, None]
     for n in gl.static_range(BLOCKS):
-        total = gl.convert_layout(gl.sum(gl.reshape(sums[n], [WARPS, 32, 4]), axis=0), layout)
-        o = gl.program_id(0) * 16 + lanes // 4 + 8 * (j // 2)
-        t = n * 8 + 2 * (lanes % 4) + j % 2
-        gl.store(y_ptr + t.to(gl.int64) * outputs + o, total.to(y_ptr.dtype.element_ty), mask=t < tokens)
+        for s in gl.static_range(STRIPS):
+            total = gl.convert_layout(gl.sum(gl.reshape(sums[n * STRIPS + s], [WARPS, 32, 4]), axis=0), layout)
+            o = (strip + s) * 16 + lanes // 4 + 8 * (j // 2)
+            t = n * 8 + 2 * (lanes % 4) + j % 2
+            y_at = y_ptr + (split * tokens + t).to(gl.int64) * outputs + o
+            gl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=(t < tokens) & (o < outputs))
 
 
 def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -111,12 +119,14 @@ def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Ten
         return x_TI @ unpack24(values_OV, metadata_OB).T
     outputs = len(values_OV)
     launch: dict[str, Any] = configuration("matmul24_gluon", x_TI.device, tokens=tokens, outputs=outputs)
-    y_TO = x_TI.new_empty(tokens, outputs)
-    matmul24_kernel[(outputs // ROWS,)](
+    split = launch["SPLIT"]
+    # partial sums of the splits are added in fixed order, so the result repeats to the bit
+    y_STO = x_TI.new_empty(split, tokens, outputs, dtype=torch.float32 if split > 1 else None)
+    matmul24_kernel[(triton.cdiv(outputs, ROWS * launch["STRIPS"]), split)](
         x_TI.view(torch.int32),
         values_OV.view(torch.int32),
         metadata_OB.view(torch.int64),
-        y_TO,
+        y_STO,
         tokens,
         outputs,
         inputs,
@@ -125,4 +135,4 @@ def matmul24(x_TI: torch.Tensor, values_OV: torch.Tensor, metadata_OB: torch.Ten
         BLOCKS=triton.cdiv(tokens, TOKENS),
         **launch,
     )
-    return y_TO
+    return y_STO.sum(0).to(x_TI.dtype) if split > 1 else y_STO[0]

@@ -26,11 +26,8 @@ def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, 
     """The launch parameters of `kernel` for these sizes: of the first entry whose upper bounds hold them all."""
     if kernel in _trials:
         return _trials[kernel]
-    for entry in _read(name_of(device))[kernel]:
-        if all(sizes[axis] <= bound for axis, bound in entry["up_to"].items()):
-            launch: dict[str, int] = entry["launch"]
-            return launch
-    raise KeyError(f"no configuration of {kernel} holds {sizes}: its last entry must be unbounded")
+    launch: dict[str, int] = _entry(kernel, device, sizes)["launch"]
+    return launch
 
 
 @contextlib.contextmanager
@@ -43,9 +40,17 @@ def trial(kernel: str, launch: dict[str, int]) -> Iterator[None]:
         del _trials[kernel]
 
 
-def beats_torch(kernel: str, device: torch.device) -> bool:
-    """Whether `kernel` was measured on this GPU and found to be faster than plain torch."""
-    return kernel in _read(name_of(device))["beats_torch"]
+def is_faster(kernel: str, device: torch.device, **sizes: int) -> bool:
+    """Whether `kernel` was measured on this GPU at about these sizes, and faster than what would run otherwise."""
+    return bool(_entry(kernel, device, sizes).get("faster", False))
+
+
+def _entry(kernel: str, device: torch.device, sizes: dict[str, int]) -> dict[str, Any]:
+    for entry in _read(device)[kernel]:
+        if all(sizes[axis] <= bound for axis, bound in entry["up_to"].items()):
+            found: dict[str, Any] = entry
+            return found
+    raise KeyError(f"no configuration of {kernel} holds {sizes}: its last entry must be unbounded")
 
 
 @functools.cache
@@ -58,8 +63,13 @@ def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def path_of(device: torch.device) -> Path:
+    """The file that holds what was measured on such a device, if there is one."""
+    return FOLDER / f"{name_of(device)}.json"
+
+
 @functools.cache
-def _read(name: str) -> dict[str, Any]:
-    path = FOLDER / f"{name}.json"
+def _read(device: torch.device) -> dict[str, Any]:
+    path = path_of(device)
     found: dict[str, Any] = json.loads((path if path.is_file() else FOLDER / "default.json").read_text())
     return found

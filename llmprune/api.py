@@ -98,8 +98,9 @@ def recover(
 
     `model`: the folder of a pruned model. `out`: the folder to write. `data`: SPEC of the text or the instructions to
     train on, whose last part is held out. `settings` are recipe keys: `how` ("blockwise", "finetune", "distill",
-    "lora", "masked", "spp", "merge-then-mask", "gradual", "movement", "sheared", "compresso"), `teacher` (the dense model), `steps`, `epochs`,
-    `minutes`, `batch_size`, `learning_rate`, `seqlen`, `seed`, and the rest.
+    "lora", "masked", "spp", "merge-then-mask", "gradual", "movement", "sheared", "compresso", "loraprune",
+    "lorashear", "splora", "apt"), `teacher` (the dense model), `steps`, `epochs`, `minutes`, `batch_size`, `learning_rate`, `seqlen`, `seed`,
+    and the rest.
 
     Returns the report and the model. Raises UserError for wrong input, before anything is written, and RunError when
     the run fails; what is finished then lies in `OUT.partial` for `resume=True`.

@@ -50,8 +50,7 @@ ROUTER = (
 class Restructuring(Job):
     """A checked recipe of a depth or expert method. As for `Job`, creating one writes nothing."""
 
-    # halves of layers that put out nothing, as soon as that is decided
-    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})
+    _silent: Mapping[int, tuple[str, ...]] = MappingProxyType({})  # halves that put out nothing, once decided
     _expected: tuple[torch.Tensor, torch.Tensor] | None = None  # tokens, and what `_expect` said of them
 
     @staticmethod
@@ -188,16 +187,14 @@ class Restructuring(Job):
 
     def _short(self, weights: Streamed | Resident) -> Trunk:
         """The layers on a few tokens."""
-        ids = token_ids(self.model).to(self.device)
-        return Trunk(self.model, self.plan.units, [{"input_ids": ids}], weights)
+        return Trunk(self.model, self.plan.units, [{"input_ids": token_ids(self.model).to(self.device)}], weights)
 
     def _settle(self, decision: Decision) -> str:
         """Take a decision: what the new model is. Returns it in words."""
         self._decision, self._silent = decision, decision.surgery.silent
         self._new_config, self._new, self._cut = self._cutter(decision.surgery)
         self._totals = {"params_before": parameter_count(self.model), "params_after": parameter_count(self._new)}
-        scores = decision.scores.items()
-        self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in scores]
+        self._rows = [row(key, score, decision.surgery, self.plan, self._cut) for key, score in decision.scores.items()]
         return in_words(decision, self.plan)
 
     def _cut_in_place(self) -> None:
@@ -260,8 +257,7 @@ class Restructuring(Job):
     def _owners(self) -> tuple[dict[str, str], dict[str, int]]:
         """Which parameter every tensor of the checkpoint feeds, and to which layer it belongs, where it does."""
         assert self.checkpoint is not None
-        groups = Routing(self.model, self.checkpoint).groups
-        feeds = {key: name for name, group in groups.items() for key in group.keys}
+        feeds = Routing(self.model, self.checkpoint).feeds
         return feeds, layer_of_keys(feeds, [unit.prefix for unit in self.plan.units], list(self.checkpoint.entries))
 
     def _layers(self) -> list[int]:

@@ -6,12 +6,12 @@ up) share one object, and so one Gram matrix and one factorization.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 
-from llmprune.kernels.gram import cross_update_, gram_update_
+from llmprune.kernels.gram import cross_update_, gram_updates_
 from llmprune.kernels.moments import Moments
 from llmprune.kernels.product import product_nt
 from llmprune.linalg import Factor, Scaled, reversed_cholesky, scaled, symmetric
@@ -61,6 +61,11 @@ class Stats:
         `lack_TO`: what the outputs are to make up for besides, where they are added to a stream that has moved too.
         Where the dense model's tokens are missing or cannot be paired, drift is given up (`paired` turns False).
         """
+        update_together([Tokens(self, x_TI, dense_TI, lack_TO)])
+
+    def _add_all_but_gram(
+        self, x_TI: torch.Tensor, dense_TI: torch.Tensor | None, lack_TO: torch.Tensor | None
+    ) -> None:
         self._derived.clear()
         if self._drift_II is not None:
             if dense_TI is None or dense_TI.shape != x_TI.shape:
@@ -72,8 +77,6 @@ class Stats:
                         self._lack_OI = torch.zeros(lack_TO.shape[1], self.width, device=x_TI.device)
                     cross_update_(self._lack_OI, lack_TO, x_TI)
         self.tokens += x_TI.shape[0]
-        if self._lower_II is not None:
-            gram_update_(self._lower_II, x_TI)
         if self._moments is not None:
             self._moments.update(x_TI)
 
@@ -192,6 +195,25 @@ class Stats:
         return self._moments
 
 
+class Tokens(NamedTuple):
+    """What statistics are to take in: the operands of `Stats.update`."""
+
+    stats: Stats
+    x_TI: torch.Tensor
+    dense_TI: torch.Tensor | None = None
+    lack_TO: torch.Tensor | None = None
+
+
+def update_together(updates: Iterable[Tokens]) -> None:
+    """`Stats.update` of several, one after the other; on a GPU their Gram matrices of one width grow in one launch."""
+    pairs = []
+    for stats, x_TI, dense_TI, lack_TO in updates:
+        stats._add_all_but_gram(x_TI, dense_TI, lack_TO)
+        if stats.has_gram:
+            pairs.append((stats.gram_lower_II, x_TI))
+    gram_updates_(pairs)
+
+
 class Sums:
     """Statistics that grow batch by batch.
 
@@ -206,15 +228,12 @@ class Sums:
         self._leaf = 0
         self._growing: Stats | None = None
 
-    def update(
-        self, batch: int, x_TI: torch.Tensor, dense_TI: torch.Tensor | None, lack_TO: torch.Tensor | None = None
-    ) -> Stats:
-        """Add tokens of a batch (see `Stats.update`); returns the statistics that they went into."""
+    def of(self, batch: int) -> Stats:
+        """The statistics that take in the tokens of a batch; those of the batch before are complete."""
         leaf = batch if self._ordered else 0
         if self._growing is None or leaf != self._leaf:
             self._settle()
             self._leaf, self._growing = leaf, self._make()
-        self._growing.update(x_TI, dense_TI, lack_TO)
         return self._growing
 
     def nodes(self) -> dict[tuple[int, int], Stats]:

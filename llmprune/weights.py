@@ -185,7 +185,7 @@ class Streamed:
     def commit(self, unit: Unit, record: dict[str, Any]) -> None:
         assert self._output is not None
         place = (2 + self._prefixes.index(unit.prefix), 1 + len(self._prefixes))
-        found = self._routing.store(unit.prefix, lambda name, value: self._exact.get(name, value))
+        found = self._routing.store(unit.prefix, self._in_full)
         self._output.write(unit.name, place, {key: self._as_stored(key, one) for key, one in found.items()}, record)
 
     @property
@@ -235,6 +235,11 @@ class Streamed:
             if stored.eps < own.eps or stored.max > own.max:
                 found.append(name)
         return found
+
+    def _in_full(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The exact value of a parameter, if it has one and was not changed where forwards see it alone."""
+        exact = self._exact.get(name)
+        return value if exact is None or not torch.equal(exact.to(value.dtype), value.cpu()) else exact
 
     def _forget(self, unit: Unit) -> None:
         self._exact = {name: one for name, one in self._exact.items() if not name.startswith(unit.prefix)}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 import record
 
 NEWEST, OLDEST = "newest", "5.17.0"
-PARTS, BARE = "all but kernels", "none"
+PARTS, BARE = "all", "none"
 RUNNERS = ("pytest", "pytest-xdist", "hypothesis")
 
 

@@ -52,6 +52,21 @@ def test_counts(half: Path) -> None:
     assert found["protocol"]["rounds"] == 2 and found["protocol"]["prompt"] == 4
 
 
+def test_packed_models_count_as_the_dense_ones_they_stand_for(tmp_path: Path) -> None:
+    source = tiny.save("llama", tmp_path / "source")
+    llmprune.prune(source, out=tmp_path / "out", method="magnitude", pattern="2:4")
+    models = {"dense": tmp_path / "out", "packed": tmp_path / "out"}
+    found = speed.bench(models, prompt=4, new=3, rounds=2, sparse=True)["models"]
+    for key in ("params", "zeros", "prefill_flops", "file_bytes"):
+        assert found["packed"][key] == found["dense"][key]
+    assert "matmul24" not in found["dense"]["kernels"] and found["packed"]["kernels"]["matmul24"]["ran"] == ["torch"]
+    pruned = 2 * found["dense"]["zeros"]
+    # in float32 a packed matrix takes half of the dense bytes, and two bits for every kept weight
+    assert found["packed"]["weight_bytes"] == found["dense"]["weight_bytes"] - 4 * pruned * (1 - 0.5 - 1 / 32)
+    printed = cli("bench", tmp_path / "out", "--sparse", "--prompt", 4, "--new", 3, "--rounds", 2)
+    assert "products with 2:4 matrices" in printed.out
+
+
 def test_takes_turns_and_decodes_what_was_asked(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     generate = speed._generate

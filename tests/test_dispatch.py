@@ -11,7 +11,7 @@ import tiny
 import torch
 
 import llmprune
-from llmprune.kernels import dispatch, eligibility
+from llmprune.kernels import dispatch, eligibility, tuned
 from llmprune.types import RunError, UserError
 
 CPU = torch.device("cpu")
@@ -81,6 +81,33 @@ def test_what_ran_is_recorded_with_reasons(table: None) -> None:
     dispatch.choose("sample", torch.zeros(8))
     assert inner == {"sample": {"ran": ["torch"], "passed_over": {"never": "no such machine", "fast": "too small"}}}
     assert outer["sample"]["passed_over"] == {"never": "no such machine", "fast": "too small"}
+
+
+def test_kernels_run_by_themselves_only_at_sizes_where_they_were_the_fastest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"up_to": {"tokens": 8}, "launch": {}, "faster": True}
+    some = {"up_to": {"tokens": 32, "outputs": 4096}, "launch": {}, "faster": False}
+    (tmp_path / "some-gpu.json").write_text(json.dumps({"matmul24": [few, some, {"up_to": {}, "launch": {}}]}))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "name_of", lambda device: "some-gpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    tuned._read.cache_clear()
+    reasons = [
+        eligibility.measured("matmul24", eligibility.product_sizes, torch.empty(tokens, 4), torch.empty(outputs, 2))
+        for tokens, outputs in ((1, 9000), (8, 10), (9, 10), (9, 9000), (64, 10))
+    ]
+    tuned._read.cache_clear()
+    assert reasons[:2] == [None, None] and all("(some-gpu) says that it is the fastest" in one for one in reasons[2:])
+
+
+@pytest.mark.parametrize("path", sorted(tuned.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_every_configuration_file_holds_every_size(path: Path) -> None:
+    kernels = {name: entries for name, entries in json.loads(path.read_text()).items() if isinstance(entries, list)}
+    default = json.loads((tuned.FOLDER / "default.json").read_text())
+    assert kernels.keys() == {name for name, entries in default.items() if isinstance(entries, list)}
+    for entries in kernels.values():
+        assert entries[-1]["up_to"] == {} and all(entry["launch"] for entry in entries)
 
 
 def test_every_row_ends_with_torch_and_every_name_resolves_without_triton() -> None:

@@ -21,6 +21,7 @@ from llmprune.engine import schedule
 from llmprune.engine.collect import Collector
 from llmprune.engine.observe import Observe
 from llmprune.engine.share import Share
+from llmprune.kernels import dispatch
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import GRAM, Stats
 from llmprune.types import Edit, Matrix, RunError
@@ -440,3 +441,21 @@ def test_the_model_gets_its_settings_back(how: str, mode: str, fails: bool) -> N
         prune(model, how)
     assert settings_of(model) == before
     assert_no_hooks(model)
+
+
+def test_gram_matrices_of_a_layers_experts_grow_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[int] = []
+    run = dispatch.run
+
+    def counted(operation: str, *operands: Any) -> Any:
+        if operation == "gram_update":
+            launches.append(len(operands) // 2)
+        return run(operation, *operands)
+
+    monkeypatch.setattr(dispatch, "run", counted)
+    model = tiny.build("qwen3-moe")
+    text = list(tiny.tokens(4, 24))
+    llmprune.prune(model, method="sparsegpt", sparsity=0.5, calibration=text, batch_size=2)
+    # two batches through two layers with experts: what enters the attention, its last matrix and every expert has one
+    # width, what is inside the experts another
+    assert launches.count(2 + tiny.EXPERTS) >= 4 and launches.count(tiny.EXPERTS) >= 4

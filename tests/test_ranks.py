@@ -70,7 +70,7 @@ def test_ordered_sums_do_not_depend_on_who_added_them(data: st.DataObject, batch
         sums = Sums(5, KINDS, ordered=True)
         for number in numbers:
             if present[number]:
-                sums.update(number, inputs[number], dense[number])
+                sums.of(number).update(inputs[number], dense[number])
         return sums
 
     alone = grown(list(range(batches))).total()

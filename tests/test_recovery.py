@@ -28,6 +28,7 @@ DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 QUICK: dict[str, Any] = {"seqlen": 32, "steps": 3, "batch_size": 4, "training.evaluate_every": 2}
 KEEPING = ["finetune", "distill", "masked", "spp", "merge-then-mask"]
 ADAPTERS = ["masked", "spp", "lora"]
+NARROWER = ["sheared", "compresso", "loraprune", "lorashear", "splora", "apt"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -146,11 +147,15 @@ def test_adapters_find_the_matrices_of_every_layout(how: str, layout: str) -> No
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in tiny.build(layout).named_parameters()}
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(pruned: dict[str, Path], tmp_path: Path) -> None:
-    settings = ("--how", "masked", "--data", QUICK["data"], "--seqlen", 32, "--steps", 6, "--batch-size", 4,
+@pytest.mark.parametrize(("how", "amount", "options"), [("masked", "2:4", ())] + [
+    (how, "dense", ("--set", "ratio=0.3", "--set", "ramp=1.0")) for how in NARROWER])  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_bytes(
+    how: str, amount: str, options: tuple[str, ...], pruned: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = ("--how", how, *options, "--data", QUICK["data"], "--seqlen", 32, "--steps", 6, "--batch-size", 4,
                 "--set", "training.evaluate_every=2", "--device", "cpu")  # fmt: skip
-    assert cli("recover", pruned["2:4"], *settings, "--out", tmp_path / "whole").code == 0
-    command = ("recover", pruned["2:4"], *settings, "--out", tmp_path / "cut")
+    assert cli("recover", pruned[amount], *settings, "--out", tmp_path / "whole").code == 0
+    command = ("recover", pruned[amount], *settings, "--out", tmp_path / "cut")
 
     def kill_at_step_5() -> None:
         from llmprune.recovery.loop import Trainer
@@ -260,6 +265,7 @@ def test_a_model_of_others_can_be_recovered(pruned: dict[str, Path], tmp_path: P
     [
         ({"how": "looora"}, "did you mean 'lora'"),
         ({"how": "masked", "rankk": 3}, "no option 'rankk'.*did you mean 'rank'"),
+        ({"how": "masked", "rank": 0}, "rank=0 of kind 'masked' must be at least 1"),
         ({"how": "masked", "targets": "heads"}, "all-linear, attention, mlp"),
         ({"how": "masked", "data": "file:none.txt"}, "no text file"),
         ({"how": "masked", "seqlen": 100_000, "data.held_out": 1.5}, "held_out"),

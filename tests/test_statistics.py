@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmprune.kernels.gram import ROWS, gram_update_
-from llmprune.statistics import GRAM, KINDS, MOMENTS, Stats
+from llmprune.statistics import GRAM, KINDS, MOMENTS, Stats, Tokens, update_together
 
 U = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -231,3 +231,17 @@ def test_derived_values_are_shared_until_tokens_are_added() -> None:
     assert stats.derived(("trace", 2), lambda: -1.0) == -1.0 and len(made) == 1
     stats.update(normal(8, 4, seed=1))
     assert stats.derived("trace", trace) > first and len(made) == 2
+
+
+def test_updates_together_are_those_one_by_one() -> None:
+    """Of several widths and dtypes, with and without a Gram matrix, one of them twice."""
+    kinds = [KINDS, frozenset({GRAM}), frozenset({MOMENTS}), frozenset({GRAM})]
+    together, alone = ([Stats(width, one) for width, one in zip((4, 4, 9, 9), kinds, strict=True)] for _ in range(2))
+    inputs = [normal(20, 4), normal(7, 4, seed=1).half(), normal(5, 9, seed=2), normal(0, 9), normal(3, 4, seed=3)]
+    places = [0, 1, 2, 3, 0]
+    update_together(Tokens(together[place], x_TI) for place, x_TI in zip(places, inputs, strict=True))
+    for place, x_TI in zip(places, inputs, strict=True):
+        alone[place].update(x_TI)
+    for one, other in zip(together, alone, strict=True):
+        assert one.tokens == other.tokens
+        assert all(torch.equal(mine, its) for mine, its in zip(one.tensors(), other.tensors(), strict=True))

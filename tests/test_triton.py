@@ -1,11 +1,14 @@
-"""Triton kernels in the interpreter, on odd shapes, beside NaN-filled scratch, against torch."""
+"""Triton kernels in the interpreter, on odd shapes, beside NaN-filled scratch, against torch.
+
+With TRITON_INTERPRET=0 the same on a GPU: `scripts/bench/gpu.py check`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-import interpreter  # noqa: F401 (before the kernels)
+import interpreter  # before the kernels
 import pytest
 import torch
 import triton
@@ -23,9 +26,11 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """Fresh memory holds NaN, so that whatever a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_default_device(interpreter.DEVICE)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
 
 
@@ -133,9 +138,16 @@ def test_matmul_bitmask_with_offsets_beyond_signed_range(monkeypatch: pytest.Mon
 
 
 def assert_gram(lower: torch.Tensor, before: torch.Tensor, x: torch.Tensor) -> None:
-    """The lower triangle within float32 rounding of T + 1 terms."""
+    """The lower triangle within float32 rounding of T + 1 terms.
+
+    On tensor cores a float32 is the sum of two TF32 to 2^-22 of it, and the product of the two lesser parts is left out: a
+    product errs by three times that, six eps.
+    """
     exact = (before.double() + x.double().T @ x.double()).tril()
-    bound = (len(x) + 1) * torch.finfo(torch.float32).eps * (before.abs() + x.double().abs().T @ x.double().abs())
+    split = 6 if x.dtype == torch.float32 and not interpreter.INTERPRETED else 0
+    bound = (
+        (len(x) + 1 + split) * torch.finfo(torch.float32).eps * (before.abs() + x.double().abs().T @ x.double().abs())
+    )
     assert bool(((lower.tril().double() - exact).abs() <= bound).all())
 
 
@@ -158,9 +170,17 @@ def test_gram_updates_of_several_inputs_in_one_launch(small_blocks: None, monkey
     # among them a slice with gaps, one that begins off the alignment, and an expert that saw no token
     inputs = [torch.randn(9, 20).half(), wide[:, 30:50], wide.flatten()[1:401].view(20, 20), torch.empty(0, 20).half()]
     lowers = [torch.zeros(20, 20) for _ in inputs]
-    gram.gram_updates_(list(zip(lowers, inputs, strict=True)))
-    for lower, x in zip(lowers, inputs, strict=True):
+    again, narrow = torch.randn(5, 20).half(), torch.randn(5, 7).half()
+    of_narrow = torch.zeros(7, 7)
+    launches: list[int] = []
+    launch = dispatch.run
+    monkeypatch.setattr(dispatch, "run", lambda *operands: (launches.append(len(operands) // 2), launch(*operands)))
+    # one Gram matrix twice, which two programs must not write at once, and one of another width
+    gram.gram_updates_([*zip(lowers, inputs, strict=True), (of_narrow, narrow), (lowers[0], again)])
+    assert launches == [4, 1, 1]
+    for lower, x in zip(lowers, (torch.cat([inputs[0], again]), *inputs[1:]), strict=True):
         assert_gram(lower, torch.zeros(20, 20), x)
+    assert_gram(of_narrow, torch.zeros(7, 7), narrow)
 
 
 def test_tiles_of_a_triangle() -> None:
@@ -183,7 +203,7 @@ def test_column_moments(
     monkeypatch.setenv("LLMPRUNE_KERNELS", "column_moments=triton")
     # a mean of a hundred spreads, which E[x^2] - E[x]^2 would lose; in half precision squares overflow
     x = (torch.randn(2 * tokens, width) * 3 + 300).to(dtype)
-    found = moments.Moments(width)
+    found = moments.Moments(width, interpreter.DEVICE)
     found.update(x[:tokens])
     found.update(x[tokens:])
     exact = x.double()
@@ -204,9 +224,9 @@ BUDGETS = [Budget(0.5), Budget(0.3), *(Budget.of(None, Pattern(*pair)) for pair 
 def test_sparsegpt_block(
     small_blocks: None, monkeypatch: pytest.MonkeyPatch, columns: int, outputs: int, budget: Budget
 ) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    current = torch.randn(columns, outputs, generator=generator)
-    x = torch.randn(3 * columns, columns, generator=generator).cumsum(0)
+    torch.manual_seed(columns)
+    current = torch.randn(columns, outputs)
+    x = torch.randn(3 * columns, columns).cumsum(0)
     inverse_t = torch.linalg.cholesky(torch.linalg.inv((x.T @ x / len(x)).double())).float()
     # only the lower triangle of the factor may be read
     inverse_t = inverse_t.tril() + torch.full_like(inverse_t, float("nan")).triu(1)
@@ -220,13 +240,13 @@ def test_sparsegpt_block(
     assert torch.equal(pruned, wanted) and not whole[:2].any() and not whole[-1].any()
     assert bool((current[pruned] == 0).all())
     torch.testing.assert_close(current, expected, rtol=1e-4, atol=1e-4 * float(expected.square().mean().sqrt()))
-    assert found == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
 
 
 def test_sparsegpt_through_the_kernel(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole matrix: blocks, a ragged last one, and what is carried between them."""
     weight = torch.randn(11, 40)
-    stats = Stats(40, SparseGPT.needs)
+    stats = Stats(40, SparseGPT.needs, interpreter.DEVICE)
     stats.update(torch.randn(90, 40) + torch.randn(90, 1))
     for budget in BUDGETS[:3]:
         expected = SparseGPT(block=16).solve(Matrix("weight", weight), stats, budget)
@@ -236,6 +256,20 @@ def test_sparsegpt_through_the_kernel(small_blocks: None, monkeypatch: pytest.Mo
         assert torch.equal(found.pruned_OI, expected.pruned_OI)
         torch.testing.assert_close(found.weight_OI, expected.weight_OI, rtol=1e-4, atol=1e-5)
         assert found.loss == pytest.approx(expected.loss, rel=1e-4)
+
+
+def test_results_repeat_to_the_bit(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sum has one order: nothing depends on which program is first. Only a GPU can show otherwise."""
+    x, weight = torch.randn(16, 192).half(), two_of_four(48, 192, torch.float16)
+    packed, masked = sparse24.pack24(weight), bitmask.pack_bitmask(weight)
+    monkeypatch.setenv("LLMPRUNE_KERNELS", "triton")
+    for call in (
+        lambda: gram.gram_update_(torch.zeros(192, 192), x),
+        lambda: torch.stack(dispatch.run("column_moments", x)),
+        lambda: sparse24.matmul24(x, *packed),
+        lambda: bitmask.matmul_bitmask(x, masked),
+    ):
+        assert torch.equal(call(), call())
 
 
 def test_what_the_kernel_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,11 @@ class Routing:
                 first, *others = next(one for one in converters if source in one.source_patterns).target_patterns
                 self._siblings.update({name.replace(first, other): group for other in others})
 
+    @property
+    def feeds(self) -> dict[str, str]:
+        """Which parameter every tensor of the checkpoint feeds, those apart that feed none."""
+        return {key: name for name, group in self.groups.items() for key in group.keys}
+
     def group_of(self, parameter: str) -> Group:
         """The checkpoint tensors that feed a parameter."""
         return self.groups.get(parameter) or self._siblings[parameter]

@@ -69,6 +69,9 @@ def _show(result: dict[str, Any]) -> None:
     table.add_row("files", *(f"{one['file_bytes'] / 2**20:,.1f} MiB" for one in rows))
     table.add_row("parameters", *(f"{one['params']:,} ({one['zeros'] / one['params']:.1%} zero)" for one in rows))
     table.add_row("FLOPs of a prefill", *(f"{one['prefill_flops']:.3g}" for one in rows))
+    if sparse:
+        ran = [one["kernels"].get("matmul24", {"ran": ["dense"]})["ran"] for one in rows]
+        table.add_row("products with 2:4 matrices", *(", ".join(names) for names in ran))
     Console().print(table)
     p = result["protocol"]
     print(

@@ -22,7 +22,7 @@ def recover(
         str | None,
         typer.Option(
             help="blockwise, finetune, distill, lora, masked, spp, merge-then-mask, gradual, movement, sheared, "
-            "compresso, or a preset."
+            "compresso, loraprune, lorashear, splora, apt, or a preset."
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="SPEC of a text, or of conversations and instructions.")] = None,

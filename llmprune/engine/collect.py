@@ -15,7 +15,7 @@ from llmprune.engine.dense import Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.engine.routing import Routed, one_expert_each, routing
 from llmprune.engine.suspend import Call, first_tensor
-from llmprune.statistics import Stats, Sums
+from llmprune.statistics import Stats, Sums, Tokens, update_together
 from llmprune.types import RunError
 
 IN_PLACE = "in place, so what it was is lost when the layer has run: try --schedule module"
@@ -159,6 +159,8 @@ class Collector:
         for name, its_keys in keys.items():
             groups.setdefault(its_keys, []).append(name)
         updated: set[int] = set()
+        together: list[Tokens] = []
+        grown: list[tuple[Product, Stats]] = []
         for names in groups.values():
             sums = self._shared(names, inputs[names[0]][0].x_TI)
             if id(sums) in updated:
@@ -166,17 +168,21 @@ class Collector:
             updated.add(id(sums))
             for product in inputs[names[0]]:
                 beside = [dense.next_of(name) for name in names] if dense is not None else [None]
+                stats = sums.of(batch)
+                grown.append((product, stats))
                 if self._routed is None or lack_TO is None or product.index is None:
-                    stats = sums.update(batch, product.x_TI, beside[0], lack_TO)
+                    together.append(Tokens(stats, product.x_TI, beside[0], lack_TO))
                 else:
                     # what the block lacks holds all that has moved: these inputs are compared with themselves
                     gated_TI = self._routed.tokens_of(product.index)[1].float()[:, None] * product.x_TI
-                    share_TO = self._routed.share_of(product.index, lack_TO)
-                    stats = sums.update(batch, gated_TI, gated_TI, share_TO)
-                if not bool(torch.isfinite(stats.square_sums_I).all()):
-                    self._check_weights()
-                    raise RunError(_not_finite(product.x_TI, product.name, batch))
+                    stats.update(gated_TI, gated_TI, self._routed.share_of(product.index, lack_TO))
+        update_together(together)
         self._seen.clear()
+        finite = [torch.isfinite(stats.square_sums_I).all() for _, stats in grown]
+        if finite and not bool(torch.stack(finite).all()):  # asked once a batch: a GPU has to be waited for
+            self._check_weights()
+            bad = next(product for (product, _), fine in zip(grown, finite, strict=True) if not fine)
+            raise RunError(_not_finite(bad.x_TI, bad.name, batch))
 
     def _check_weights(self) -> None:
         """Where an input is not finite, a matrix before it may be the cause; raises RunError if so."""

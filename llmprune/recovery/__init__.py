@@ -19,6 +19,10 @@ KINDS = {
     "movement": "llmprune.recovery.movement:Movement",
     "sheared": "llmprune.recovery.sheared:Sheared",
     "compresso": "llmprune.recovery.sheared:Compresso",
+    "splora": "llmprune.recovery.splora:Splora",
+    "loraprune": "llmprune.recovery.loraprune:LoraPrune",
+    "lorashear": "llmprune.recovery.lorashear:LoraShear",
+    "apt": "llmprune.recovery.apt:Apt",
 }
 
 # Named settings: recipe keys that hold where the user leaves them open.
@@ -52,4 +56,7 @@ def make_kind(name: str, options: dict[str, Any], seed: int) -> Any:
         found = getattr(import_module(module), attribute)
     except ImportError as error:
         raise UserError(f"{name!r} needs the package {error.name}: pip install 'llmprune[recover]'") from error
-    return make_options(found, options, f"kind {name!r}", seed=seed)
+    kind = make_options(found, options, f"kind {name!r}", seed=seed)
+    if (rank := getattr(kind, "rank", 1)) < 1:
+        raise UserError(f"rank={rank} of kind {name!r} must be at least 1")
+    return kind

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmprune.arch.discover import Unit, find_units
-from llmprune.arch.sublayers import attends
+from llmprune.arch.sublayers import attends, halves
 from llmprune.calibration import check_vocabulary, load_tokenizer, longest
 from llmprune.checkpoint.output import Output
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
@@ -20,8 +20,8 @@ from llmprune.checkpoint.source import Checkpoint, copy_companions, resolve
 from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
+from llmprune.engine.closed_form import fit_layer
 from llmprune.engine.reconstruct import output_of, refit
-from llmprune.engine.rescale import rescale
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.kernels.product import FastLinear
@@ -45,7 +45,7 @@ class Options:
     """`samples`: sequences of the text that are used, drawn by the seed. `passes`: times that a layer sees them.
 
     `parts`: a "layer" at once, or its "halves" apart: first the attention, then the rest, each towards the layer's dense
-    output, with optimizer states for one of them at a time. `passes` 0 fits only scales and biases, in closed form.
+    output, with optimizer states for one of them at a time. `passes` 0 fits what each half writes with, in closed form.
     """
 
     samples: int = 128
@@ -84,6 +84,8 @@ class Blockwise:
         self.dtype = choose_dtype("auto", self.config, self.device)
         self.model = build_skeleton(self.config, self.dtype, trust_remote_code=trust)
         self.units = find_units(self.model, head=False)
+        if self.options.passes == 0:
+            self._check_writers()
         self._check_parent()
         tokenizer = load_tokenizer(self.folder, trust)
         corpus = read_corpus(recipe.data, tokenizer, min(recipe.data.seqlen, longest(self.config)))
@@ -130,6 +132,14 @@ class Blockwise:
         for key in self.checkpoint.entries:
             if key not in inside and not torch.equal(self.checkpoint.tensor(key), self.parent.tensor(key)):
                 raise UserError(f"{key} of {self.folder}, outside the layers, is not that of {where}; {other}")
+
+    def _check_writers(self) -> None:
+        """Whether it is known through which matrices every layer writes; raises UserError."""
+        try:
+            for unit in self.units:
+                halves(unit.module)
+        except UserError as error:
+            raise UserError(f"passes=0: {error}; set passes to 1 or more") from error
 
     def _weights(self, output: Output | None) -> Streamed:
         return Streamed(self.model, self.checkpoint, output, self.units, self.dtype, self.device, parent=self.parent)
@@ -197,10 +207,7 @@ class _Refit:
             return False
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in _own(unit)}
         if self._options.passes == 0:
-            found, before, after = rescale(unit, storage, calls, targets)
-            for name, value in found.items():
-                for place in self._weights.places(unit, unit.prefix + name):
-                    place.copy_(value)
+            before, after = fit_layer(unit, storage, calls, targets)
         else:
             before, after = self._by_gradient(unit, storage, calls, targets)
         self._fit = {"before": before, "after": after}

@@ -35,7 +35,7 @@ class Kind:
         raise NotImplementedError
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """The parameters to train as groups of an optimizer; `scale` multiplies the rate of a group."""
+        """The parameters to train as groups of an optimizer; `scale` multiplies the rate of a group, `rate` is one of its own."""
         return [{"params": [one for one in model.parameters() if one.requires_grad], "scale": 1.0}]
 
     def penalty(self) -> torch.Tensor | float:

@@ -6,6 +6,7 @@ however many processes share it; only the order in which they sum differs.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -69,7 +70,8 @@ class Trainer:
         while self.state.done < steps and not self._enough(began):
             progress = max(self.state.done / steps, self._share_of_time(began))
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["scale"] * schedule(progress, self.state.done, steps, self.settings.warm_up)
+                peak = group["rate"] if "rate" in group else rate * group["scale"]
+                group["lr"] = peak * schedule(progress, self.state.done, steps, self.settings.warm_up)
             self._step(forward, optimizer)
             self.state.done += 1
             if self.kind.after_step(self.state.done, steps):
@@ -118,9 +120,9 @@ class Trainer:
                 whole = loss * count / max(tokens, 1) + (self.kind.penalty() if last else 0.0)
                 self.accelerator.backward(whole)
             total += loss.detach()
-        # of a sharded model the norm is over all shards
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.settings.clip)
-        if not bool(torch.isfinite(norm)):
+        # of a sharded model the norm is over all shards; the price of gates must not make the weights' steps small
+        norms = [nn.utils.clip_grad_norm_(group["params"], self.settings.clip) for group in optimizer.param_groups]
+        if not all(bool(torch.isfinite(one)) for one in norms):
             raise RunError(
                 f"the gradient of step {self.state.done + 1} is no finite number; "
                 "set a smaller training.learning_rate, or training.precision=float32"
@@ -137,8 +139,9 @@ class Trainer:
         """Exchange gradients only with the last batch of a step."""
         if self.settings.shard:
             forward.set_requires_gradient_sync(last)
-            return self.accelerator.no_sync(None)
-        return self.accelerator.no_sync(None if last else forward)
+            return contextlib.nullcontext()
+        # accelerate's own way forgets that a lone process of torchrun's exchanges with itself
+        return contextlib.nullcontext() if last else getattr(forward, "no_sync", contextlib.nullcontext)()
 
     def _rows(self, step: int) -> list[int]:
         """Which sequences step number `step` is on: a new order of all of them for every time through."""

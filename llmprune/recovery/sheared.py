@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,66 +10,54 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmprune.arch.units import KEY, RESIDUAL
-from llmprune.checkpoint.slicing import Slicing
-from llmprune.recipe import Recipe, Width
+from llmprune.checkpoint.slicing import Place
 from llmprune.recovery.finetune import Finetune
 from llmprune.recovery.gates import Gate
 from llmprune.recovery.kind import Kind
 from llmprune.recovery.masked import Masked
+from llmprune.recovery.narrower import Narrower
 from llmprune.recovery.zeros import Target, attach
-from llmprune.types import UserError
-from llmprune.width_plan import WidthPlan, plan_width
+
+# Of the ramp: the share in which all gates are open and are scored.
+WARM_UP = 0.5
 
 
 @dataclass
-class Sheared(Kind):
+class Sheared(Narrower):
     """Sheared LLaMA (Xia et al. 2024, arXiv:2310.06694, section 2.1), all weights trained beside the gates.
 
     Every kv group and channel has a hard concrete gate on the columns that it feeds; multipliers of a price lead each layer
     to the same number of open ones, which falls evenly over the share `ramp` of the steps; in the rest only the weights
-    move, those of the shape that was chosen. The numbers are those that a width method takes out for `ratio`, a share of
-    the layers' parameters; `units`: kinds that may go, as "kv-group,channel". The hidden state and the depth stay as they
-    are (the paper gates them too). `gate_rate`: of gates and multipliers, as a multiple of the weights' rate. At the end
-    the open gates go into the weights, and the others are cut out.
+    move, those of the shape that was chosen. `gate_rate`: the peak rate of gates and multipliers. At the end the open gates
+    go into the weights, and the others are cut out.
+
+    Otherwise than in the paper the hidden state and the depth stay as they are; a layer pays for the gates that are open
+    beyond what is due, and nothing below that; and gates do not start alike: in the first half of the ramp all are open
+    and scored, and the lower the score, the nearer a gate then is to shutting. In a few hundred steps the loss alone
+    tells gates too little apart: its gradient with respect to a gate of a trained model is zero but for noise.
     """
 
     learning_rate: ClassVar[float] = 3e-4
-    keeps_zeros: ClassVar[bool] = False
-    shards: ClassVar[bool] = False  # units are compared over whole matrices
 
-    ratio: float = 0.0
-    units: str = ""
-    ramp: float = 0.5
-    gate_rate: float = 500.0
-
-    def check(self, targets: list[Target]) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError("say how much of the layers' parameters goes: --set ratio=0.25")
-        if not 0 < self.ramp <= 1:
-            raise UserError(f"ramp={self.ramp} must lie in (0, 1]: the share of the steps in which gates shut")
+    ramp: float = 0.1
+    gate_rate: float = 1.0
+    seed: int = 0
 
     def trainer(self) -> Kind:
         """The kind that trains the weights themselves."""
         return Finetune()
 
     def prepare(self, model: PreTrainedModel, targets: list[Target]) -> nn.Module:
-        units = [one.strip() for one in self.units.split(",") if one.strip()]
-        recipe = Recipe(model="", method="sheared", ratio=self.ratio, width=Width(units=units))
-        self._plan: WidthPlan = plan_width(model, model.config, recipe)
-        asked = self._plan.asked
-        counts = {place: count for place, count in asked.spread({}).items() if count}
-        if any(asked.units[place].writer is None for place in counts):
-            raise UserError(
-                f"units={self.units}: gates stand on what o and down read, which {KEY} and {RESIDUAL} are not"
-            )
-        by_name = {target.name: target for target in targets}
-        places = {place: by_name[asked.units[place].writer.name] for place in counts}  # type: ignore[union-attr]
+        places = self.planned(model, targets)
         trained = self.trainer().prepare(model, targets)
-        self._gates = {place: Gate(asked.units[place], target.kept.device) for place, target in places.items()}
+        self._gates = {place: Gate(self.units_of(place), target.kept.device) for place, target in places.items()}
         gates = {target.name: self._gates[place] for place, target in places.items()}
         attach(list(places.values()), lambda target: gates[target.name])
-        self._counts = {place: (asked.units[place].count, counts[place], asked.units[place].strata) for place in counts}
+        self._hooks = [
+            target.owner.register_forward_pre_hook(gates[target.name].watch)
+            for place, target in places.items()
+            if not self.units_of(place).stacked
+        ]
         return trained
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -77,7 +66,7 @@ class Sheared(Kind):
         )
         known = {id(one) for one in (*gates, *multipliers)}
         weights = [one for one in model.parameters() if one.requires_grad and id(one) not in known]
-        free = {"scale": self.gate_rate, "weight_decay": 0.0}
+        free = {"rate": self.gate_rate, "weight_decay": 0.0}
         return [
             {"params": weights, "scale": 1.0},
             {"params": gates, **free},
@@ -88,24 +77,31 @@ class Sheared(Kind):
         return torch.stack([one.price() for one in self._gates.values()]).sum()
 
     def after_step(self, done: int, steps: int) -> bool:
-        progress = min(done / (self.ramp * steps), 1.0)
+        last = math.ceil(self.ramp * steps)
+        first = max(round(WARM_UP * last), 1)
+        if done > last:
+            return False
+        progress = 1.0 if done == last else max(done - first, 0) / (last - first)
+        random = torch.Generator().manual_seed((self.seed * 2**32 + done) % 2**63)
         for place, gate in self._gates.items():
-            count, gone, strata = self._counts[place]
-            gate.open.fill_(count - int(progress * gone / strata) * strata)
-        chosen = self.settled(done, steps) and not all(gate.made for gate in self._gates.values())
-        for gate in self._gates.values():
-            gate.made.fill_(self.settled(done, steps))
-        return chosen
+            if done <= first:
+                gate.score()
+            if done == first:
+                gate.start()
+            gate.due.fill_(1 - progress * self.due(place, 1.0) / gate.count)
+            gate.open.fill_(gate.count - self.due(place, progress))
+            gate.redraw(random)
+            if done == last:
+                gate.choose()
+        return done == last
 
-    def settled(self, done: int, steps: int) -> bool:
-        return done >= self.ramp * steps
+    def removed(self) -> dict[Place, list[int]]:
+        return {place: gate.gone() for place, gate in self._gates.items()}
 
     def merge(self, targets: list[Target]) -> None:
-        self._removed = {place: gate.eval().gone() for place, gate in self._gates.items()}
+        for one in self._hooks:
+            one.remove()
         super().merge(targets)
-
-    def cut(self) -> tuple[WidthPlan, Slicing]:
-        return self._plan, self._plan.sliced(self._removed)
 
 
 @dataclass
@@ -119,11 +115,9 @@ class Compresso(Sheared):
     learning_rate: ClassVar[float] = 1e-3
     trains_base: ClassVar[bool] = False
 
-    gate_rate: float = 150.0
     rank: int = 8
     alpha: float = 16.0
     targets: str = "all-linear"
-    seed: int = 0
 
     def trainer(self) -> Kind:
         return Masked(self.rank, self.alpha, self.targets, self.seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,28 @@ SEQUENCES, LENGTH, SEED, BATCH = 32, 512, 0, 8
 def write_inputs(job: Record) -> Record:
     """Write the random Llama with a word-level tokenizer, and the random calibration tokens."""
     import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
     config = LlamaConfig(**MODEL, max_position_embeddings=LENGTH, dtype="float32")
     LlamaForCausalLM(config).save_pretrained(job["model"])
-    words = {f"w{i}": i for i in range(MODEL["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(job["model"])
-    tokens = torch.randint(MODEL["vocab_size"], (SEQUENCES, LENGTH))
-    Path(job["tokens"]).write_text(json.dumps(tokens.tolist()))
+    write_tokenizer(job["model"], MODEL["vocab_size"])
+    write_tokens(job["tokens"], torch.randint(MODEL["vocab_size"], (SEQUENCES, LENGTH)))
     return {}
+
+
+def write_tokenizer(folder: str | Path, words: int) -> None:
+    """A tokenizer of so many words, which tools want beside a model even where tokens are given."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+
+
+def write_tokens(path: str | Path, sequences: Iterable[Any]) -> None:
+    """Calibration tokens, tensors of one sequence each, where `calibration` reads them."""
+    Path(path).write_text(json.dumps([one.tolist() for one in sequences]))
 
 
 def calibration(job: Record) -> list[list[int]]:
@@ -57,9 +67,12 @@ def batches(tokens: list[list[int]]) -> Any:
 
 def staged(job: Record, prune: Callable[[Any], object], tool: str) -> Record:
     """Load a model, prune it in place and save it as a plain checkpoint."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    if torch.cuda.is_available():  # its libraries are loaded on no clock
+        torch.linalg.cholesky(torch.eye(64, device="cuda") @ torch.eye(64, device="cuda"))
     before = memory("VmRSS")
     model, load = timed(AutoModelForCausalLM.from_pretrained, job["model"], dtype=job["dtype"])
     _, spent = timed(prune, model.eval())

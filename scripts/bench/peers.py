@@ -26,6 +26,8 @@ from typing import NamedTuple
 from peer_workers import BATCH, LENGTH, MODEL, SEED, SEQUENCES
 from processes import ROOT, Record, build_env, call, hardware, watched
 
+ENV = Path.home() / ".cache" / "llmprune" / "peers"
+PYTHON = ENV / "bin" / "python"
 PINS = {"torch": "2.13.0", "llmcompressor": "0.14.0.1"}
 SCHEDULES = {"sparsegpt": ("layer", "module"), "wanda": ("layer",)}
 TOOLS = ("llm-compressor", "llmprune")
@@ -219,9 +221,8 @@ def parse() -> argparse.Namespace:
     """The command line, checked."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    env = Path.home() / ".cache" / "llmprune" / "peers"
     add = parser.add_argument
-    add("--env", type=Path, default=env, help="virtual environment of the peer (default: %(default)s)")
+    add("--env", type=Path, default=ENV, help="virtual environment of the peer (default: %(default)s)")
     add(
         "--out",
         type=Path,

@@ -77,9 +77,14 @@ def build_env(env: Path, pins: dict[str, str]) -> Path:
     return python
 
 
-def call(python: Path | str, worker: str, limit: float | None = None, **job: Any) -> Record:
-    """Run one of `peer_workers` in a fresh process of `python`, offline and on the CPU, for at most `limit` seconds."""
-    quiet = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+def call(python: Path | str, worker: str, limit: float | None = None, *, on_gpu: bool = False, **job: Any) -> Record:
+    """Run one of `peer_workers` in a fresh process of `python`, offline, for at most `limit` seconds.
+
+    It sees no GPU unless `on_gpu`.
+    """
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | (
+        {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    )
     with tempfile.TemporaryDirectory() as scratch:
         result, log = Path(scratch) / "result.json", Path(scratch) / "log"
         command = [python, WORKERS, worker, json.dumps(job, default=str), result]

@@ -30,13 +30,14 @@ AMOUNTS: dict[str, dict[str, Any]] = {
     "width 25 %": {"method": "group-obs", "ratio": 0.25},
 }
 # Kinds that make the dense model narrower themselves, as much as the amount says.
-LEARNED = ("sheared", "compresso")
+LEARNED = ("sheared", "compresso", "loraprune", "lorashear", "splora", "apt")
 # What Wanda's masks are set beside: the solver that moves the weights it keeps.
 REFERENCES = {"wanda 50 %": "sparsegpt", "wanda 2:4": "sparsegpt", "wanda 70 %": "sparsegpt"}
 SPARSE = ("blockwise", "distill", "finetune", "masked", "spp", "merge-then-mask")
 # The peak rates: ten times what suits large models, since these have 3 M weights; none was searched for.
 RATES = {"finetune": 1e-3, "distill": 1e-3, "masked": 3e-3, "merge-then-mask": 3e-3, "lora": 3e-3, "spp": 1e-2,
-         "sheared": 1e-3, "compresso": 3e-3}  # fmt: skip
+         "sheared": 1e-3, "compresso": 3e-3, "loraprune": 3e-3, "lorashear": 3e-3, "splora": 3e-3,
+         "apt": 3e-3}  # fmt: skip
 # Instruction data, whose responses alone are learnt: a kind is `KIND on NAME`.
 INSTRUCT = {"conversations": "synthetic_conversations_1k.jsonl", "gsm8k": "gsm8k_train.jsonl"}
 KINDS = {**dict.fromkeys(("wanda 50 %", "wanda 2:4", "wanda 70 %"), (*SPARSE, *(f"masked on {one}" for one in INSTRUCT))),
@@ -99,7 +100,7 @@ def recovered(pruned: Path, out: Path, text: Text, label: str, steps: int, amoun
         "steps": steps, "batch_size": 8, "learning_rate": RATES[kind], "training.evaluate_every": max(1, steps // 4)
     }  # fmt: skip
     if kind in LEARNED:
-        settings |= {"ratio": amount["ratio"], "gate_rate": 0.15 / RATES[kind]}
+        settings["ratio"] = amount["ratio"]
     wall, cpu = time.perf_counter(), time.process_time()
     result = llmprune.recover(
         pruned,

@@ -1,10 +1,11 @@
-"""Choose launch configurations of the Triton kernels on this GPU, and say which kernels beat plain torch.
+"""Choose launch configurations of the Triton kernels on this GPU, and say where which kernel is the fastest.
 
-    python scripts/bench/tune.py [KERNEL ...]
+    python scripts/bench/tune.py [KERNEL ...]      # one kernel at a time where a run may last ten minutes only
 
 For every bucket of a kernel a few launches are tried; one whose result differs from torch's is dropped. The fastest go to
-kernels/configurations/NAME.json. A kernel that is faster than torch in every bucket is listed there under `beats_torch`,
-and from then on runs by itself on GPUs of that name.
+kernels/configurations/NAME.json. A bucket in which the kernel beats everything that would run in its place is marked
+`faster`, and from then on the kernel runs there by itself on GPUs of that name. For cuSPARSELt what is chosen is the number
+of tokens from which on it beats expanding the matrix and multiplying.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from gpu import DEVICE, asked, random, seconds_eager, two_of_four
+from device import DEVICE, asked, here, need_gpu, random, seconds_eager, two_of_four
 
 from llmprune.kernels import bitmask, dispatch, gram, sparse24, sparsegpt_block, tuned
 from llmprune.types import Budget, Pattern
@@ -29,11 +30,11 @@ TRIALS: dict[str, dict[str, list[int]]] = {
     "matmul24": {
         "BLOCK_O": [64, 128],
         "WORDS": [4, 8],
-        "SPLIT": [1, 2, 4, 8],
+        "SPLIT": [1, 4],
         "num_warps": [4, 8],
-        "num_stages": [2, 3, 4],
+        "num_stages": [2, 3],
     },
-    "matmul24_gluon": {"num_warps": [2, 4, 8, 16]},
+    "matmul24_gluon": {"STRIPS": [1, 2, 4], "SPLIT": [1, 2, 4], "num_warps": [4, 8, 16]},
     "matmul_bitmask": {
         "BLOCK_O": [64, 128],
         "WORDS": [2, 4],
@@ -43,8 +44,12 @@ TRIALS: dict[str, dict[str, list[int]]] = {
     },
     "unpack24": {"BLOCK_O": [16, 32, 64], "WORDS": [2, 4, 8], "num_warps": [4, 8]},
 }
-# The setting that runs a kernel, where it is not its name with `=triton`.
+# The setting that runs a kernel, where it is not its name with `=triton`, and what else may run in its place.
 OPERATION = {"matmul24_gluon": "matmul24=gluon"}
+RIVALS = {"matmul24_gluon": ("torch", "matmul24=triton")}
+LIBRARY = "matmul24_cusparselt"
+PREFILL_TOKENS = [128, 256, 512, 1024, 2048, 4096, 8192]
+NEVER = 1 << 31
 # Relative Frobenius error against torch above which a launch is wrong: the widest rounding is that of bfloat16.
 TOLERANCE = 1e-2
 
@@ -84,15 +89,17 @@ def _block_call(columns: int = 128, outputs: int = 4096) -> Call:
     return call
 
 
-def tune(kernel: str, entries: list[dict[str, dict[str, int]]]) -> bool:
-    """Put the fastest launch into every entry; whether the kernel beats torch in all of them."""
+def tune(kernel: str, entries: list[dict[str, Any]]) -> None:
+    """Put the fastest launch into every entry, and whether it is faster than what would run otherwise."""
     from triton.errors import TritonError
 
-    wins = True
     for entry in entries:
         call = call_of(kernel, entry["up_to"])
-        with asked("torch"):
-            expected, plain = call(), seconds_eager(call, repeats=10)
+        rivals = []
+        for rival in RIVALS.get(kernel, ("torch",)):
+            with asked(rival):
+                expected = call()
+                rivals.append(seconds_eager(call, repeats=10))
         best, took = entry["launch"], float("inf")
         for values in itertools.product(*TRIALS[kernel].values()):
             launch = {**entry["launch"], **dict(zip(TRIALS[kernel], values, strict=True))}
@@ -106,26 +113,50 @@ def tune(kernel: str, entries: list[dict[str, dict[str, int]]]) -> bool:
                 print(f"{kernel} {launch} is wrong", flush=True)
             if seconds < took:
                 best, took = launch, seconds
-        entry["launch"] = best
-        wins = wins and took < plain
-        print(f"{kernel} {entry}: {took * 1e6:.1f} us, torch {plain * 1e6:.1f} us", flush=True)
-    return wins
+        entry |= {"launch": best, "faster": took < min(rivals)}
+        others = ", ".join(f"{one * 1e6:.1f} us" for one in rivals)
+        print(f"{kernel} {entry}: {took * 1e6:.1f} us, otherwise {others}", flush=True)
+
+
+def tune_library(entries: list[dict[str, Any]]) -> None:
+    """From how many tokens on cuSPARSELt is the faster way at every larger number too."""
+    for entry in entries:
+        least = NEVER
+        outputs = entry["up_to"].get("outputs", 14336)
+        weight = two_of_four(outputs, 4096)
+        packed, compressed = sparse24.pack24(weight), sparse24.compress24(weight)
+        for tokens in reversed(PREFILL_TOKENS):
+            x = random(tokens, 4096)
+            times = []
+            for name in ("cusparselt", "torch"):
+                with asked(f"matmul24={name}"):
+                    times.append(seconds_eager(sparse24.matmul24, x, *packed, compressed, repeats=10))
+            print(
+                f"{LIBRARY} {outputs} outputs, {tokens} tokens: {times[0] * 1e6:.1f} us, otherwise {times[1] * 1e6:.1f}"
+            )
+            if times[0] >= times[1]:
+                break
+            least = tokens
+        entry["launch"] = {"LEAST_TOKENS": least}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(TRIALS)}; all if none is named")
+    kernels = [*TRIALS, LIBRARY]
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(kernels)}; all if none is named")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("there is no CUDA GPU here to tune for")
+    need_gpu(quick=False)
     torch.manual_seed(0)
-    path = tuned.FOLDER / f"{tuned.name_of(torch.device(DEVICE))}.json"
+    path = tuned.path_of(DEVICE)
     chosen = json.loads((path if path.is_file() else tuned.FOLDER / "default.json").read_text())
-    for kernel in arguments.kernels or TRIALS:
-        won = tune(kernel, chosen[kernel])
-        chosen["beats_torch"] = sorted({*chosen["beats_torch"], kernel} if won else {*chosen["beats_torch"]} - {kernel})
+    for kernel in arguments.kernels or kernels:
+        if kernel != LIBRARY:
+            tune(kernel, chosen[kernel])
+        elif "cusparselt" in here("matmul24"):
+            tune_library(chosen[kernel])
         chosen.update(gpu=torch.cuda.get_device_name(), note="made by scripts/bench/tune.py")
         path.write_text(json.dumps(chosen, indent=1) + "\n")
+        tuned._read.cache_clear()  # what is tuned next is held against what has been tuned
 
 
 if __name__ == "__main__":

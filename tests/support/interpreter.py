@@ -1,8 +1,8 @@
-"""Triton's interpreter for tests: kernels run on CPU, line by line, with bfloat16 made right.
+"""Where the tests of Triton kernels run: in Triton's interpreter, or with TRITON_INTERPRET=0 compiled on a GPU.
 
-Import this before any kernel; conftest.py has switched the interpreter on. It holds bfloat16 as bit patterns in
-uint16 and computes on the patterns; here operands of arithmetic and of `tl.dot` are widened first (exact), and
-results rounded back.
+Import this before any kernel; conftest.py has switched the interpreter on if nobody said otherwise. The interpreter runs
+kernels on CPU, line by line. It holds bfloat16 as bit patterns in uint16 and computes on the patterns; here operands of
+arithmetic and of `tl.dot` are widened first (exact), and results rounded back.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not 1", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("TRITON_INTERPRET is not 1, and there is no GPU", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed (pip install 'llmprune[kernels]')")
 
 import numpy as np
@@ -22,7 +24,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+if INTERPRETED and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
     pytest.skip("the interpreter of triton 3.6 needs numpy below 2.4", allow_module_level=True)
 
 Builder = interpreter.InterpreterBuilder
@@ -50,4 +53,5 @@ def _binary_op(self: Any, left: Any, right: Any, op: Callable[..., Any]) -> Any:
     return self.cast_impl(interpreter.TensorHandle(found.astype(np.float32), tl.float32), tl.bfloat16)
 
 
-Builder.create_dot, Builder.binary_op = _create_dot, _binary_op
+if INTERPRETED:
+    Builder.create_dot, Builder.binary_op = _create_dot, _binary_op
