@@ -48,12 +48,12 @@ def bench(
     if as_json:
         print(json.dumps(result))
     else:
-        _show(result)
+        _show(result, sparse=sparse)
     if out is not None:
         output.write_json(out, result)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: dict[str, Any], *, sparse: bool) -> None:
     table = Table("", *result["models"])
     rows = result["models"].values()
     for title, key in (("prefill", "prefill"), ("decode, a token", "decode")):
