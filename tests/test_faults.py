@@ -373,3 +373,14 @@ def test_a_fingerprint_sees_every_tensor(work: Path) -> None:
         after = Checkpoint(work / "model").fingerprint()
         assert after != before, name
         before = after
+
+
+def test_a_measurement_is_shown_before_it_is_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _: Any) -> None:
+        raise llmprune.RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("llmprune.checkpoint.output.write_json", full)
+    measure = ("--perplexity", "demo", "--seqlen", 32, "--max-windows", 2, "--json")
+    ran = cli("eval", DEMO, *measure, "--out", work / "found.json")
+    assert ran.code == 1 and "cannot write" in ran.err
+    assert json.loads(ran.out)["perplexity"]["demo"]["ppl"] > 1
