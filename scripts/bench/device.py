@@ -119,7 +119,11 @@ def here(operation: str) -> list[str]:
 # Matrices.
 
 
-def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+# Triton's interpreter computes on the bit patterns of bfloat16: where it stands in for a GPU, halves are float16.
+HALF = torch.float16 if os.environ.get("TRITON_INTERPRET") == "1" else torch.bfloat16
+
+
+def random(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
