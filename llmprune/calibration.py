@@ -19,7 +19,6 @@ from llmprune.types import UserError
 
 # C4 is read from its first shards only: the whole of it is 800 GB.
 C4_DOCUMENTS = 20_000
-LARGEST_LENGTH = 1_000_000
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llmprune.engine.suspend import Call
 from llmprune.linalg import output_energy
 from llmprune.memory import Meter, give_back, within_reach
 from llmprune.plan import Plan
-from llmprune.statistics import DRIFT, MOMENTS, Stats
+from llmprune.statistics import DRIFT, MOMENTS, Stats, of_text
 from llmprune.types import Matrix, MatrixSpec, Method
 from llmprune.weights import Weights, read_matrix
 
@@ -142,11 +142,13 @@ class Probe:
 
     def _solve(self, unit: Unit, seen: dict[str, tuple[Stats, bool]]) -> None:
         """Solve the most expensive matrix, and scale its time up to the layer's."""
+        if not seen and of_text(self._method.needs):
+            return  # the batch went to other experts than those that are pruned
         specs = [spec for spec in unit.matrices if spec.name in self._plan.budgets and (spec.name in seen or not seen)]
         costs = {spec: _cost(spec, seen[spec.name][0].width if seen else 1) for spec in specs}
         spec = max(costs, key=lambda one: costs[one])
         stats, transposed = seen.get(spec.name, (None, bool(spec.transposed)))
-        dense_OI = read_matrix(unit, dataclasses.replace(spec, transposed=transposed))
+        dense_OI = read_matrix(self._weights, unit, dataclasses.replace(spec, transposed=transposed))
         self._start()
         self._method.solve(Matrix(spec.name, dense_OI), stats, self._plan.budgets[spec.name])
         if stats is not None and stats.has_gram:

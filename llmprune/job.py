@@ -32,7 +32,7 @@ from llmprune.forecast import Forecast, as_record
 from llmprune.kernels import dispatch
 from llmprune.kernels.product import FastLinear
 from llmprune.measurement import Measurement, Scores, compare, each_matrix
-from llmprune.memory import PeakMemory
+from llmprune.memory import PeakMemory, within_memory
 from llmprune.methods import allocation_of, epochs_of, method_of, score_of
 from llmprune.pipeline import Pruning, fits_layers
 from llmprune.plan import Plan, allocate, select_matrices
@@ -63,6 +63,7 @@ class Job:
         if model is not None:
             check_config(model.config, type(model).__name__)
             self.config, self.device, self.dtype = model.config, model.device, model.dtype
+            self._check_engine()
             self.model = model
         else:
             self.config = load_config(str(self.folder), trust_remote_code=recipe.trust_remote_code)
@@ -95,6 +96,16 @@ class Job:
         recipe = self.recipe
         return self.runs or entry(allocation_of(recipe)).measures or recipe.permute
 
+    def _check_engine(self) -> None:
+        """Whether the recipe leaves a loaded model where it is, and as it is; raises UserError."""
+        for key, own in (("device", self.device.type), ("dtype", str(self.dtype).removeprefix("torch."))):
+            asked = getattr(self.recipe.engine, key)
+            if asked not in ("auto", own, str(self.device)):
+                raise UserError(
+                    f"engine.{key}={asked} has no meaning for a loaded model, which is pruned as it is ({own}): "
+                    f"leave it out, or call model.to({asked!r}) first"
+                )
+
     @property
     def _splits(self) -> bool:
         return bool(getattr(self.method, "split", False))
@@ -117,7 +128,6 @@ class Job:
         experts = any(spec.index is not None for spec in self.plan.specs())
         if self._splits and (self.checkpoint is None or self.output is None or experts):
             raise UserError("split stores an adapter beside a model: prune a folder into --out, without fused experts")
-        self.budgets(self.recipe)
 
     def budgets(self, recipe: Recipe) -> dict[str, Budget]:
         """The amount for every matrix, for a recipe that differs from the job's in nothing else; raises UserError."""
@@ -143,7 +153,8 @@ class Job:
         def matrices() -> Iterable[tuple[MatrixSpec, torch.Tensor]]:
             return each_matrix(self.plan, weights)
 
-        scores = Scores(score_of(self.method), matrices, measure, lambda: self._gradients)
+        count = sum(spec.count for spec in self.plan.specs())
+        scores = Scores(score_of(self.method), count, matrices, measure, lambda: self._gradients)
         return Dense(self.plan.layers(), matrices, scores.each, measure, diverge)
 
     def fingerprint(self) -> str:
@@ -158,14 +169,16 @@ class Job:
         }
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
+    @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Do it. Raises RunError when something fails on the way."""
         trust = self.recipe.trust_remote_code
-        if self.output is not None and resume and self.output.is_finished():
+        if self.output is not None and self.output.claim(resume=resume):
             reporter.say(f"{self.output.folder} is already finished")
             return Result(self._stored_report(), self.output.folder, trust)
+        self.budgets(self.recipe)
         if self.output is not None:
-            self.output.open(resume=resume)
+            self.output.open()
         for text in self.tokens.warnings if self.tokens else ():
             reporter.warn(text)
         if self.recipe.permute:
@@ -193,8 +206,10 @@ class Job:
         )
         return Result(self._stored_report(), self.output.folder, trust, self._given, self._tokenizer)
 
+    @within_memory()
     def describe_plan(self) -> dict[str, Any]:
         """What would be done: the answer of a dry run."""
+        self.budgets(self.recipe)
         specs = self.plan.specs()
         rows: list[dict[str, Any]] = [
             {
@@ -210,7 +225,7 @@ class Job:
             "left_alone": self.plan.left_alone,
             "calibration": self.tokens.describe() if self.tokens else None,
             "totals": {"weights": sum(s.count for s in specs), "zeros": sum(row["planned"] for row in rows)},
-            "forecast": as_record(look_ahead(self, self._weights(writing=False))),
+            "forecast": as_record(look_ahead(self, self._weights(writing=False), self.recipe.engine)),
         }
 
     # Parts of a run.

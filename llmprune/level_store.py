@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from llmprune.temporary import save
 from llmprune.types import UserError
 
 
@@ -30,7 +30,7 @@ class LevelStore:
         path = self._file(amount, layer)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".writing")
-        save_file(matrices, temporary)
+        save(matrices, temporary)
         temporary.rename(path)
 
     def load(self, amount: str, layer: int, names: Collection[str] | None = None) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
 from llmprune.scores import Score
 from llmprune.statistics import OF_WEIGHTS, Stats
+from llmprune.temporary import check_room, save
 from llmprune.types import MatrixSpec, UserError
 from llmprune.weights import Weights, read_matrix
 
@@ -66,7 +67,7 @@ class Measurement:
             for spec in unit.matrices:
                 if spec.name in stats:
                     laid_out = dataclasses.replace(spec, transposed=transposed[spec.name])
-                    yield laid_out, read_matrix(unit, laid_out), stats[spec.name]
+                    yield laid_out, read_matrix(self._weights, unit, laid_out), stats[spec.name]
 
         with torch._C.DisableTorchFunction():
             self._look(self._numbers[unit.name], matrices)
@@ -106,10 +107,13 @@ class Scores:
 
     One that reads inputs is measured once, and kept on disk as a float32 a weight (TMPDIR); any other is made anew each
     time. `matrices` goes through the weights, `measure` runs the text through the model, `gradients` are taken when
-    they are first asked for.
+    they are first asked for. `count`: how many weights there are.
     """
 
-    def __init__(self, score: Score, matrices: Values, measure: Measure, gradients: Callable[[], Gradients]) -> None:
+    def __init__(
+        self, score: Score, count: int, matrices: Values, measure: Measure, gradients: Callable[[], Gradients]
+    ) -> None:
+        self._count = count
         self._score, self._matrices, self._measure, self._gradients = score, matrices, measure, gradients
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._layers: list[list[MatrixSpec]] = []
@@ -123,6 +127,7 @@ class Scores:
                 yield spec, self._score.of(with_gradients(gradients, spec, weight_OI))
             return
         if self._folder is None:
+            check_room("scores that read inputs take four bytes a weight", 4 * self._count)
             self._folder = tempfile.TemporaryDirectory(prefix="llmprune-scores-")
             self._measure(kinds, lambda number, matrices: self._keep(matrices, gradients))
         for number, specs in enumerate(self._layers):
@@ -131,10 +136,10 @@ class Scores:
 
     def _keep(self, matrices: Measured, gradients: Gradients | None) -> None:
         found = {
-            spec: self._score.of(with_gradients(gradients, spec, weight_OI), stats).cpu().contiguous()
+            spec: self._score.of(with_gradients(gradients, spec, weight_OI), stats).cpu()
             for spec, weight_OI, stats in matrices()
         }
-        save_file({spec.name: one for spec, one in found.items()}, self._path(len(self._layers)))
+        save({spec.name: one for spec, one in found.items()}, self._path(len(self._layers)))
         self._layers.append(list(found))
 
     def _path(self, layer: int) -> Path:
@@ -148,5 +153,5 @@ def each_matrix(plan: Plan, weights: Weights) -> Iterable[tuple[MatrixSpec, torc
         weights.load(unit)
         for spec in unit.matrices:
             if spec.name in plan.budgets:
-                yield spec, read_matrix(unit, spec)
+                yield spec, read_matrix(weights, unit, spec)
         weights.free(unit)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import resource
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from llmprune.types import RunError
 
 _STATUS = Path("/proc/self/status")
 _MEMORY = Path("/proc/meminfo")
@@ -49,6 +53,18 @@ class PeakMemory:
         anonymous, resident = current()
         self.anonymous = max(self.anonymous, anonymous)
         self.resident = max(self.resident, resident)
+
+
+@contextlib.contextmanager
+def within_memory() -> Iterator[None]:
+    """Say what helps where a device runs out of memory: RunError instead of torch's own error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise RunError(
+            f"out of memory ({first}); give a smaller --batch-size, fewer --samples, or more processes"
+        ) from error
 
 
 def current() -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmprune import record
 from llmprune.arch.discover import find_units as find_layers
 from llmprune.arch.discover import parameter_count
 from llmprune.checkpoint.narrow import check_shapes
@@ -89,7 +90,8 @@ class Narrowing(Restructuring):
         return list(range(len(self.plan.units)))
 
     def _decided(self) -> dict[str, Any]:
-        return {f"{layer} {kind}": list(gone) for (layer, kind), gone in self._slicing.removed.items()}
+        removed = {f"{layer} {kind}": list(gone) for (layer, kind), gone in self._slicing.removed.items()}
+        return {**removed, "values": record.digest({**self._narrowed.values, **self._narrowed.biases})}
 
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         return self._final(parameter, tensor)

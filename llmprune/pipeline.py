@@ -24,7 +24,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
 from llmprune.statistics import DRIFT, MOMENTS, OF_WEIGHTS, Stats, of_text
 from llmprune.types import Budget, Edit, Matrix, MatrixSpec, Method, Outcome, RunError, Together, UserError
-from llmprune.weights import Weights, read_matrix, stored_matrix
+from llmprune.weights import Weights, read_matrix, write_matrix
 
 UNUSED = "no calibration token passed through it"
 # devices that solving one matrix keeps busy: there, several at once take memory and gain nothing
@@ -153,10 +153,12 @@ class Pruning:
     def _fit_weights(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
         """Fit the kept weights to the dense outputs by gradient."""
         names = {row.name.partition("[")[0].removeprefix(unit.prefix): None for row in self._outcomes}
-        kept = {name: unit.module.get_parameter(name) != 0 for name in names}
+        places = {name: self._weights.places(unit, unit.prefix + name) for name in names}
+        kept = {name: ones[-1].to(ones[0].device) != 0 for name, ones in places.items()}
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in names}
         before, after = refit(
             unit.module,
+            places,
             kept,
             storage,
             calls,
@@ -268,8 +270,7 @@ class Pruning:
         dtype = self._weights.storage_dtype(spec.parameter)
         # what later layers see is what will be read back: the weights as they are stored
         stored_OI = edit.weight_OI.to(dtype).masked_fill(edit.pruned_OI, 0)
-        stored = stored_matrix(unit, spec)
-        stored.copy_(stored_OI.T if spec.transposed else stored_OI)
+        write_matrix(self._weights, unit, spec, stored_OI)
         lost, kind = _relative_error(dense_OI, edit, stats)
         achieved = int((stored_OI[edit.pruned_OI] == 0).sum())
         if achieved != planned:
@@ -295,11 +296,11 @@ class Pruning:
         solved = {row["name"]: (rank, row, s) for rank, rows in enumerate(ranks.gather(mine)) for row, s in rows}
         for spec in specs:
             rank, row, seconds = solved[spec.name]
-            stored = stored_matrix(unit, spec)
-            sent = stored.contiguous()
-            ranks.broadcast_(sent, rank)
+            sent_OI = read_matrix(self._weights, unit, spec).to(self._weights.storage_dtype(spec.parameter))
+            sent_OI = sent_OI.contiguous()
+            ranks.broadcast_(sent_OI, rank)
             if rank != ranks.rank:
-                stored.copy_(sent)
+                write_matrix(self._weights, unit, spec, sent_OI)
                 self._note(unit, Outcome(**row), seconds)
 
     def _note(self, unit: Unit, outcome: Outcome, seconds: float) -> None:
@@ -309,7 +310,7 @@ class Pruning:
         self._reporter.matrix(outcome, seconds)
 
     def _matrix(self, unit: Unit, spec: MatrixSpec) -> Matrix:
-        dense_OI = read_matrix(unit, spec)
+        dense_OI = read_matrix(self._weights, unit, spec)
         if not bool(torch.isfinite(dense_OI).all()):
             raise RunError(f"{spec.name} holds NaN or infinity; the checkpoint is damaged: download it again")
         return with_gradients(self._gradients, spec, dense_OI)

@@ -38,16 +38,22 @@ class Plan:
 def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """Find the model's matrices and keep those that the recipe's targets and ignores leave.
 
-    Raises UserError for a pattern that matches nothing, and for a head that shares the embedding.
+    Raises UserError for a pattern that matches nothing, a target that is no matrix to prune, and a head that shares
+    the embedding.
     """
     head = _asks_for_head(model, recipe.targets)
     plan = Plan(find_units(model, head=head))
-    everything = [name for name, _ in model.named_parameters()]
-    everything += [spec.name for unit in plan.units for spec in unit.matrices]
-    for key, patterns in (("target", recipe.targets), ("ignore", recipe.ignore)):
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in everything):
-                raise UserError(f"{key} {pattern!r} matches no matrix of the model; they are called {_examples(plan)}")
+    parameters = [name for name, _ in model.named_parameters()]
+    matrices = [spec.name for unit in plan.units for spec in unit.matrices]
+    for pattern in recipe.targets:
+        if not any(matches(pattern, name) for name in matrices):
+            other = next((f"only {name}, which is never pruned" for name in parameters if matches(pattern, name)), None)
+            raise UserError(
+                f"target {pattern!r} matches {other or 'no matrix of the model'}; they are called {_examples(plan)}"
+            )
+    for pattern in recipe.ignore:
+        if not any(matches(pattern, name) for name in (*parameters, *matrices)):
+            raise UserError(f"ignore {pattern!r} matches no matrix of the model; they are called {_examples(plan)}")
     chosen = 0
     for unit in plan.units:
         plan.left_alone.update(unit.left_alone)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,15 @@ def cost(memory: PeakMemory, started: float, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of tensors to the last bit, by which a resumed run knows whether it came to the same."""
+    found = hashlib.sha256()
+    for name, one in sorted(tensors.items()):
+        found.update(f"{name} {one.dtype} {tuple(one.shape)} ".encode())
+        found.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def unused(weights: Streamed | Resident) -> dict[str, str]:

@@ -26,7 +26,7 @@ from llmprune.engine.search import run_without
 from llmprune.engine.trunk import States, Trunk, holding
 from llmprune.job import Job
 from llmprune.kernels import dispatch
-from llmprune.memory import PeakMemory
+from llmprune.memory import PeakMemory, within_memory
 from llmprune.methods.structural import Decision, Drop, DropExperts
 from llmprune.plan import Plan
 from llmprune.progress import Reporter
@@ -132,10 +132,11 @@ class Restructuring(Job):
             "totals": {"weights": 0, "zeros": 0},
         }
 
+    @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
         """Decide, and only then write: a kill before that loses the decision, not the model."""
         trust = self.recipe.trust_remote_code
-        if self.output is not None and resume and self.output.is_finished():
+        if self.output is not None and self.output.claim(resume=resume):
             reporter.say(f"{self.output.folder} is already finished")
             return Result(self._stored_report(), self.output.folder, trust)
         for text in self.tokens.warnings if self.tokens else ():
@@ -155,7 +156,7 @@ class Restructuring(Job):
             self._cut_in_place()
         if self.output is None:
             return Result(self._report(weights, memory, started, "not saved"), None, trust, self.model, self._tokenizer)
-        self.output.open(resume=resume)
+        self.output.open()
         if isinstance(weights, Streamed):
             self._write(weights)
         self.output.finish(
@@ -241,7 +242,10 @@ class Restructuring(Job):
             rest |= self._beside(weights)
             self.output.write(REST, (1, files), rest, {"decided": decided})
         if self.output.records[REST]["decided"] != decided:
-            raise RunError("the interrupted run decided otherwise; pass --overwrite to start again")
+            raise RunError(
+                "the interrupted run decided otherwise, or came to other values, as with another number of threads; "
+                "pass --overwrite to start again"
+            )
         for place, index in enumerate(layers):
             if f"layer {index}" in self.output.records:
                 continue
@@ -262,7 +266,8 @@ class Restructuring(Job):
 
     def _decided(self) -> dict[str, Any]:
         """The decision as it is stored, by which a resumed run knows that it is its own."""
-        return dropped(self._decision.surgery)
+        surgery = self._decision.surgery
+        return {**dropped(surgery), "values": record.digest(surgery.replaced)}
 
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         """What becomes of a tensor outside the layers."""

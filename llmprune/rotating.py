@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from llmprune import record
 from llmprune.arch.discover import find_units as find_layers
 from llmprune.arch.discover import parameter_count
 from llmprune.checkpoint.rotation import Rotation, Turned
@@ -68,7 +69,8 @@ class Rotating(Restructuring):
         return list(range(len(self.plan.units)))
 
     def _decided(self) -> dict[str, Any]:
-        return {"hidden": self._rotation_plan.width}
+        bases = {str(number): one for number, one in enumerate(self._turned.bases)}
+        return {"hidden": self._rotation_plan.width, "bases": record.digest(bases)}
 
     def _outside(self, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
         return self._rotation.value(parameter, tensor)

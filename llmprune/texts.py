@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,3 +64,16 @@ def _place(text: Text) -> tuple[str, ...]:
     """Where the rows lie; other fields of the same rows are no other text."""
     name = str(Path(text.name).resolve()) if text.kind == "file" else text.name
     return text.kind, name, text.config, text.split
+
+
+def digest_of(spec: str) -> str:
+    """What tells a text from another: its SPEC, and for a file of the user's, which may change, its bytes too.
+
+    Raises UserError if there is no such file.
+    """
+    text = parse(spec, split="train")
+    if text.kind != "file":
+        return spec
+    if not Path(text.name).is_file():
+        raise UserError(f"there is no text file {text.name!r}")
+    return f"{spec} {hashlib.sha256(Path(text.name).read_bytes()).hexdigest()}"

@@ -38,6 +38,12 @@ class Weights(Loads, Protocol):
     def storage_dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which a parameter is stored, whatever it is computed in."""
 
+    def places(self, unit: Unit, parameter: str) -> list[torch.Tensor]:
+        """Where the values of a loaded parameter lie: as forwards see them and, where that rounds, as they are stored.
+
+        The last is the exact one. Who changes a parameter changes it in all places.
+        """
+
     def done(self) -> set[str]:
         """Names of the units that an earlier run finished."""
 
@@ -78,6 +84,9 @@ class Resident:
         dtype: torch.dtype = self._model.get_parameter(parameter).dtype
         return dtype
 
+    def places(self, unit: Unit, parameter: str) -> list[torch.Tensor]:
+        return [_parameter(unit, parameter).data]
+
     def done(self) -> set[str]:
         return set()
 
@@ -109,6 +118,8 @@ class Streamed:
         self.prepare: Callable[[Unit], None] = lambda unit: None
         self._routing = Routing(model, checkpoint)
         self._dtype, self._device = dtype, device
+        # of the loaded units: parameters that `dtype` would round, by name, in float32 on the CPU
+        self._exact: dict[str, torch.Tensor] = {}
         self._units = units
         self._prefixes = [unit.prefix for unit in units]
         self._loaded: set[str] = set()
@@ -131,15 +142,25 @@ class Streamed:
     def load(self, unit: Unit, *, dense: bool = False) -> None:
         # all batches stand before `unit`: what they needed outside the units may go
         self._free_rest()
-        keys = self._routing.keys_under(unit.prefix)
-        self._routing.load(keys, self._dtype, self._device, self._overlay(unit, dense=dense))
+        self._forget(unit)
+        overlay = self._overlay(unit, dense=dense)
+        fresh = dense or unit.name not in self.done()
+        rounded = self._rounded(unit) if fresh else []
+        if rounded:
+            computed = self._load_exact(unit, overlay)
+        else:
+            self._routing.load(self._routing.keys_under(unit.prefix), self._dtype, self._device, overlay)
         self._borrow(unit, dense=dense)
         self._loaded.add(unit.name)
-        if dense or unit.name not in self.done():
+        if fresh:
             self.prepare(unit)
+        if rounded:
+            self._exact.update({name: _parameter(unit, name).data for name in rounded})
+            _recast(unit.module, self._device, computed)
 
     def free(self, unit: Unit) -> None:
         _to_meta(unit.module)
+        self._forget(unit)
         self._loaded.discard(unit.name)
         self._checkpoint.close()
 
@@ -154,14 +175,18 @@ class Streamed:
     def storage_dtype(self, parameter: str) -> torch.dtype:
         return self._checkpoint.entries[self._routing.group_of(parameter).keys[0]].dtype
 
+    def places(self, unit: Unit, parameter: str) -> list[torch.Tensor]:
+        exact = self._exact.get(parameter)
+        return [_parameter(unit, parameter).data, *([] if exact is None else [exact])]
+
     def done(self) -> set[str]:
         return set(self._output.records) if self._output else set()
 
     def commit(self, unit: Unit, record: dict[str, Any]) -> None:
         assert self._output is not None
         place = (2 + self._prefixes.index(unit.prefix), 1 + len(self._prefixes))
-        tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
-        self._output.write(unit.name, place, tensors, record)
+        found = self._routing.store(unit.prefix, self._in_full)
+        self._output.write(unit.name, place, {key: self._as_stored(key, one) for key, one in found.items()}, record)
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -177,20 +202,47 @@ class Streamed:
         """The checkpoint tensors of a unit in their stored dtype, some of its parameters with other values."""
         if not replaced:
             return {key: self._checkpoint.tensor(key) for key in self._routing.keys_under(unit.prefix)}
-        self.load(unit)
-        for name, value in replaced.items():
-            unit.module.get_parameter(name.removeprefix(unit.prefix)).data.copy_(value)
-        tensors = {key: self._as_stored(key, one) for key, one in self._routing.store(unit.prefix).items()}
-        self.free(unit)
-        return tensors
+        return self.edited(unit, lambda name, value: replaced[name].to(value) if name in replaced else value)
 
     def edited(self, unit: Unit, edit: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The checkpoint tensors of a unit in their stored dtype, its parameters changed, or cut, by `edit(name, value)`."""
-        # wide enough for every stored dtype to come through as it is
-        self._routing.load(self._routing.keys_under(unit.prefix), torch.float32, torch.device("cpu"), None)
+        computed = self._load_exact(unit, None)
         tensors = self._routing.store(unit.prefix, edit)
+        _recast(unit.module, torch.device("meta"), computed)
         self.free(unit)
         return {key: one.to(self._checkpoint.entries[key].dtype) for key, one in tensors.items()}
+
+    def _load_exact(self, unit: Unit, overlay: Checkpoint | None) -> dict[str, torch.dtype]:
+        """Load a unit on the CPU in float32, which every stored dtype fits; returns the dtypes that forwards need."""
+        computed = {
+            name: one.dtype
+            for name, one in unit.module.named_parameters()
+            if one.dtype.is_floating_point and unit.prefix + name not in unit.borrowed
+        }
+        # the loader keeps to the dtype of the parameter that it fills
+        _recast(unit.module, torch.device("meta"), dict.fromkeys(computed, torch.float32))
+        self._routing.load(self._routing.keys_under(unit.prefix), torch.float32, torch.device("cpu"), overlay)
+        return computed
+
+    def _rounded(self, unit: Unit) -> list[str]:
+        """The parameters of a unit that are stored in more digits, or a wider range, than forwards have."""
+        found = []
+        for short, parameter in unit.module.named_parameters():
+            name = unit.prefix + short
+            if name in self._model.all_tied_weights_keys or not self.storage_dtype(name).is_floating_point:
+                continue
+            stored, own = torch.finfo(self.storage_dtype(name)), torch.finfo(parameter.dtype)
+            if stored.eps < own.eps or stored.max > own.max:
+                found.append(name)
+        return found
+
+    def _in_full(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """The exact value of a parameter, if it has one and was not changed where forwards see it alone."""
+        exact = self._exact.get(name)
+        return value if exact is None or not torch.equal(exact.to(value.dtype), value.cpu()) else exact
+
+    def _forget(self, unit: Unit) -> None:
+        self._exact = {name: one for name, one in self._exact.items() if not name.startswith(unit.prefix)}
 
     def commit_rest(self) -> None:
         """Write everything that lies outside the units, byte for byte as it was read."""
@@ -284,16 +336,31 @@ class Streamed:
                 module._parameters[short] = self._model.get_parameter(source)
 
 
-def read_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
-    """The weights of a matrix as float32, outputs x inputs: a copy."""
-    weight = stored_matrix(unit, spec)
-    return (weight.T if spec.transposed else weight).to(torch.float32, copy=True)
+def read_matrix(weights: Weights, unit: Unit, spec: MatrixSpec) -> torch.Tensor:
+    """The weights of a matrix, as exact as they are stored, as float32, outputs x inputs: a copy."""
+    *_, exact = weights.places(unit, spec.parameter)
+    laid_out = _part(exact, spec)
+    device = _parameter(unit, spec.parameter).device
+    return (laid_out.T if spec.transposed else laid_out).to(device, torch.float32, copy=True)
+
+
+def write_matrix(weights: Weights, unit: Unit, spec: MatrixSpec, weight_OI: torch.Tensor) -> None:
+    """Give a matrix of a loaded unit other weights."""
+    for place in weights.places(unit, spec.parameter):
+        _part(place, spec).copy_(weight_OI.T if spec.transposed else weight_OI)
 
 
 def stored_matrix(unit: Unit, spec: MatrixSpec) -> torch.Tensor:
-    """The matrix as it lies in its parameter: a view."""
-    parameter = unit.module.get_parameter(spec.parameter.removeprefix(unit.prefix)).data
+    """The matrix as it lies in its parameter, where forwards see it: a view."""
+    return _part(_parameter(unit, spec.parameter).data, spec)
+
+
+def _part(parameter: torch.Tensor, spec: MatrixSpec) -> torch.Tensor:
     return parameter if spec.index is None else parameter[spec.index]
+
+
+def _parameter(unit: Unit, parameter: str) -> nn.Parameter:
+    return unit.module.get_parameter(parameter.removeprefix(unit.prefix))
 
 
 @contextlib.contextmanager
@@ -317,3 +384,11 @@ def _to_meta(module: nn.Module, *, recurse: bool = True) -> None:
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.device.type != "meta":
                 owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def _recast(module: nn.Module, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give parameters another dtype and device."""
+    for name, dtype in dtypes.items():
+        path, _, short = name.rpartition(".")
+        value = module.get_parameter(name).to(device, dtype)
+        module.get_submodule(path)._parameters[short] = nn.Parameter(value, requires_grad=False)

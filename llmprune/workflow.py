@@ -18,7 +18,7 @@ from llmprune.checkpoint.output import REPORT_NAME, record, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.evaluate import Wanted, evaluate
 from llmprune.progress import Reporter
-from llmprune.recipe import Recipe, Strict, merge_settings, read_recipe, validate, validated
+from llmprune.recipe import Recipe, Strict, merge_settings, read_recipe, stages_of, validate, validated
 from llmprune.recovery.recipe import load_recovery
 from llmprune.recovery.run import recover
 from llmprune.report.page import BUDGET, read_run, write_figures, write_page
@@ -26,6 +26,7 @@ from llmprune.report.searched import read_search
 from llmprune.result import Result
 from llmprune.searching.asked import Search
 from llmprune.searching.find import explore
+from llmprune.texts import digest_of
 from llmprune.types import RunError, UserError
 
 JOURNAL_NAME = "run.json"
@@ -135,30 +136,39 @@ class _Run:
     def run(self) -> Result:
         """Every step that the workflow has and that is not done yet."""
         workflow, folder = self._workflow, self._folder
+        pruned, recovered = folder / "pruned", folder / "recovered"
         dense = Checkpoint(resolve(workflow.prune.model)).fingerprint()
+        texts = [digest_of(one.calibration.source) for one in stages_of(workflow.prune) or [workflow.prune]]
         found: list[str] = []
         if workflow.search is not None:
-            found.append(self._step("search", [_plain(workflow.prune), _plain(workflow.search), dense], self._search))
+            measured = digest_of(workflow.search.perplexity)
+            decides = [_plain(workflow.prune), _plain(workflow.search), dense, texts, measured]
+            found.append(self._step("search", decides, self._search, (folder / "search").is_dir))
             self._recipe = _found(folder / "search", workflow.prune)
-        key = self._models[folder / "pruned"] = self._step("prune", [_plain(self._recipe), dense], self._prune)
+        decides = [_plain(self._recipe), dense, texts]
+        key = self._models[pruned] = self._step("prune", decides, self._prune, partial(_says, pruned, "fingerprint"))
         if workflow.recover is not None:
-            self._models[folder / "recovered"] = self._step("recover", [workflow.recover, key], self._recover)
+            trained = digest_of(load_recovery(None, dict(workflow.recover)).data.source)
+            is_there = partial(_says, recovered, "fingerprint")
+            self._models[recovered] = self._step("recover", [workflow.recover, key, trained], self._recover, is_there)
         for model, key in self._models.items():
             if workflow.eval is not None:
-                decides = [_plain(workflow.eval), key]
-                self._models[model] = self._step(f"eval {model.name}", decides, partial(self._measure, model))
+                decides = [_plain(workflow.eval), key, *map(digest_of, workflow.eval.perplexity)]
+                measure, is_there = partial(self._measure, model), partial(_says, model, "evaluation")
+                self._models[model] = self._step(f"eval {model.name}", decides, measure, is_there)
         made = [*found, *self._models.values()]
         if workflow.report is not None:
-            self._step("report", [_plain(workflow.report), *made], self._report)
+            page = folder / "report.html"
+            self._step("report", [_plain(workflow.report), *made], self._report, page.is_file)
         if workflow.push is not None:
-            self._step("push", [_plain(workflow.push), *made], self._push)
+            self._step("push", [_plain(workflow.push), *made], self._push, lambda: True)
         last = list(self._models)[-1]
         return Result(json.loads((last / REPORT_NAME).read_text()), last, self._recipe.trust_remote_code)
 
-    def _step(self, name: str, decides: list[Any], work: Callable[[], object]) -> str:
-        """Do a step unless it is done; returns its key, a hash of its settings and of the steps before it."""
+    def _step(self, name: str, decides: list[Any], work: Callable[[], object], is_there: Callable[[], bool]) -> str:
+        """Do a step unless it is done, and its result is there; returns its key, a hash of all that decides it."""
         key = hashlib.sha256(json.dumps([name, *decides], sort_keys=True).encode()).hexdigest()
-        if self._done.get(name, {}).get("key") == key:
+        if self._done.get(name, {}).get("key") == key and is_there():
             self._reporter.say(f"{name}: done before")
             return key
         self._reporter.say(f"{name}: begins")
@@ -204,6 +214,14 @@ class _Run:
 
 def _plain(settings: Strict) -> dict[str, Any]:
     return settings.model_dump(mode="json")
+
+
+def _says(model: Path, key: str) -> bool:
+    """Whether the report of a finished model has an entry."""
+    try:
+        return key in json.loads((model / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _check(workflow: Workflow) -> None:

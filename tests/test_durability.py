@@ -23,7 +23,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmprune
+from llmprune import record
 from llmprune.checkpoint import output
+from llmprune.job import Job
+from llmprune.restructuring import Restructuring
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 QUICK = ("--calibration", f"file:{DEMO.parent}/eval.txt", "--samples", 4, "--seqlen", 64)
@@ -129,16 +132,14 @@ def test_killed_anywhere(whole: Path, steps: int, tmp_path: Path, place: float) 
     resumes(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("from_end", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("from_end", [1, 2, 3, 6, 9, 10, 12])
 def test_killed_while_it_is_completed(whole: Path, steps: int, tmp_path: Path, from_end: int) -> None:
     kill(tmp_path / "out", steps - from_end)
     # the last step of all removes the lock from the finished folder
     assert (tmp_path / "out").exists() == (from_end == 1)
-    if from_end > 1:
-        resumes(tmp_path / "out", whole)
-    else:
-        assert cli(*run(tmp_path / "out", "--resume")).code == 0
-        assert {**product(tmp_path / "out"), "lock": ""} == {**product(whole), "lock": ""}
+    ran = resumes(tmp_path / "out", whole)
+    # nine steps before the end the report is there: from then on nothing is left to compute
+    assert ("already finished" in ran.err) == (from_end < 10)
 
 
 def test_killed_again_and_again(whole: Path, steps: int, tmp_path: Path) -> None:
@@ -389,12 +390,17 @@ def test_an_unfinished_run_is_not_begun_again_unasked(whole: Path, half: Path, t
     assert product(half) == product(whole)
 
 
-def test_another_run_may_follow_one_that_was_killed_at_its_very_end(whole: Path, steps: int, tmp_path: Path) -> None:
-    # the journal is gone by then, but files of the other run lie about
+def test_a_complete_result_is_not_lost_to_another_run(whole: Path, steps: int, tmp_path: Path) -> None:
+    # the journal is gone by then, but the report says whose result this is
     out = tmp_path / "out"
     kill(out, steps - 2, "--seed", 1)
     (tmp_path / "out.partial" / "stray.json").write_text("{}")
-    resumes(out, whole)
+    before = tree(tmp_path)
+    ran = cli(*run(out, "--resume"))
+    assert ran.code == 2 and "another recipe, model, calibration text" in ran.err, ran.err
+    assert tree(tmp_path) == before
+    assert cli(*run(out, "--overwrite")).code == 0
+    assert product(out) == product(whole)
 
 
 @pytest.mark.parametrize("options", [("--resume",), ("--overwrite",)])
@@ -412,6 +418,79 @@ def test_two_runs_at_once(whole: Path, steps: int, tmp_path: Path, options: tupl
         first.send(signal.SIGCONT)
     assert first.wait().code == 0
     assert product(out) == product(whole)
+
+
+@pytest.mark.parametrize("amount", [("--method", "magnitude", "--sparsity", 0.5), ("--drop-layers", 1)])
+def test_nothing_is_decided_for_a_run_that_cannot_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: tuple[object, ...]
+) -> None:
+    def attempt(out: Path, *options: object) -> Ran:
+        return cli("prune", DEMO, "--out", out, *amount, *QUICK, *options)
+
+    out = tmp_path / "out"
+    assert attempt(out).code == 0
+    # what an allocation or a search may take hours for
+    for owner, name in ((Job, "budgets"), (Restructuring, "_decide")):
+        monkeypatch.setattr(owner, name, lambda *_: pytest.fail("decided"))
+    ran = attempt(out, "--resume")
+    assert ran.code == 0 and "already finished" in ran.err, ran.err
+    # another run has decided nothing yet
+    other = output.Output(tmp_path / "two", "another")
+    other.claim(resume=False)
+    before = tree(tmp_path)
+    ran = attempt(tmp_path / "two")
+    assert ran.code == 2 and "another run is writing" in ran.err, ran.err
+    assert tree(tmp_path) == before
+    other.open()
+    other.close()
+    ran = attempt(tmp_path / "two", "--resume")
+    assert ran.code == 2 and "another recipe, model, calibration text" in ran.err, ran.err
+    assert tree(tmp_path).keys() == {*before, "two.partial/journal.jsonl"}
+
+
+def test_a_run_that_is_refused_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an allocation may find that there is no way, when the folder is claimed already
+    def none(*_: object) -> None:
+        raise llmprune.UserError("there is no such allocation")
+
+    monkeypatch.setattr(Job, "budgets", none)
+    ran = cli(*run(tmp_path / "out"))
+    assert ran.code == 2 and "no such allocation" in ran.err
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        ("--method", "laco", "--drop-layers", 1),
+        ("--method", "group-obs", "--ratio", 0.25),
+        ("--method", "slicegpt", "--ratio", 0.25),
+    ],
+)
+def test_layers_with_other_values_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amount: tuple[object, ...]
+) -> None:
+    def attempt(*options: object) -> Ran:
+        return cli("prune", DEMO, "--out", tmp_path / "out", *amount, *QUICK, *options)
+
+    write = output.Output.write
+
+    def full(self: output.Output, unit: str, *rest: Any) -> None:
+        if unit != "rest":
+            raise llmprune.RunError("the disk is full")
+        write(self, unit, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output.Output, "write", full)
+        assert attempt().code == 1
+    # as where another number of threads sums in another order: values differ in the last bit
+    digest = record.digest
+    with monkeypatch.context() as patched:
+        moved = torch.tensor(1 + 2**-23)
+        patched.setattr(record, "digest", lambda tensors: digest({n: moved * one for n, one in tensors.items()}))
+        ran = attempt("--resume")
+        assert ran.code == 1 and "came to other values" in ran.err, ran.err
+    assert attempt("--resume").code == 0
 
 
 # Damage to what lies in the partial folder.
@@ -496,12 +575,14 @@ def test_a_finished_run_is_not_repeated(whole: Path, tmp_path: Path) -> None:
 def test_overwriting(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert cli(*run(out, "--method", "magnitude")).code == 0
-    # what a run that was killed in the middle of this has left
+    # what a run that was killed in the middle of this has left, and what is none of ours
+    shutil.copytree(whole, tmp_path / "out.partial" / "replaced")
     shutil.copytree(whole, tmp_path / "out.replaced")
     old = product(out)
     assert cli(*run(out, "--overwrite")).code == 0
     assert product(out) == product(whole) != old
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert tree(tmp_path / "out.replaced") == tree(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.replaced"]
 
 
 def test_overwriting_an_empty_folder_and_a_link(whole: Path, tmp_path: Path) -> None:
@@ -528,17 +609,18 @@ def test_the_old_output_stays_whole_until_the_new_one_is(whole: Path, tmp_path: 
         out = begin(f"killed-{at}")
         kill(out, at, *options, "--overwrite")
         if out.exists():
-            there = {name: digest for name, digest in product(out).items() if name != "lock"}
+            beside = ("lock", "replaced")
+            there = {name: digest for name, digest in product(out).items() if not name.startswith(beside)}
             states.append("old" if there == product(whole) else "new")
             assert there in (product(whole), product(new))
         else:
             # between two renames: both are whole, under other names
             states.append("between")
-            assert product(out.with_name("out.replaced")) == product(whole)
+            assert product(out.with_name("out.partial") / "replaced") == product(whole)
             assert (out.with_name("out.partial") / "llmprune.json").is_file()
         ran = cli(*run(out, *options, "--overwrite", "--resume"))
         assert ran.code == 0, ran.err
-        assert {**product(out), "lock": ""} == {**product(new), "lock": ""}
+        assert product(out) == product(new)
     assert states == ["old", "old", "old", "between", "new"]
 
 

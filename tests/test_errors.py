@@ -527,7 +527,7 @@ def test_output_in_the_input_by_a_link(work: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["out/model", "out.partial", "out.replaced", "out.partial/model"])
+@pytest.mark.parametrize("name", ["out/model", "out.partial", "out.partial/model"])
 def test_input_that_the_output_would_remove(work: Path, name: str) -> None:
     (work / name).parent.mkdir(exist_ok=True)
     (work / "model").rename(work / name)

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import llmprune
+import llmprune.temporary
 from llmprune.checkpoint.source import Checkpoint
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
@@ -262,6 +264,44 @@ def test_a_full_device_gets_smaller_batches(work: Path, monkeypatch: pytest.Monk
     assert moved <= 1e-4 * sum(tensor.numel() for tensor in one.values())
 
 
+def test_a_device_that_a_look_ahead_fills(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmprune.forecast import Probe
+
+    look, sizes = Probe.run_on, []
+
+    def full(self: Any, model: Any, batch: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("the device is full")
+        return look(self, model, batch)
+
+    monkeypatch.setattr(Probe, "run_on", full)
+    assert prune(work, "--batch-size", 4, "--samples", 4).code == 0
+    assert sizes == [4, 2]
+    report = json.loads((work / "out" / "llmprune.json").read_text())
+    assert "batches of 2" in report["run"]["notes"][0]
+    assert report["recipe"]["engine"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "options"),
+    [
+        ("llmprune.job.Measurement", "run_on", ("--sparsity", 0.5, "--allocation", "owl")),
+        ("llmprune.job.Gradients", "__init__", ("--sparsity", 0.5, "--method", "fisher")),
+        ("llmprune.restructuring.Trunk", "enter", ("--drop-layers", 1, "--method", "shortgpt")),
+    ],
+)
+def test_a_device_that_fills_elsewhere(
+    owner: str, name: str, options: tuple[object, ...], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("the device is full")
+
+    monkeypatch.setattr(f"{owner}.{name}", full)
+    ran = cli("prune", work / "model", "--out", work / "out", *options, "--samples", 2, "--seqlen", 32, "--quiet")
+    failed(ran, "out of memory (the device is full)", "fewer --samples")
+
+
 def test_a_device_that_is_too_small(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmprune.methods.weight.wanda import Wanda
 
@@ -280,6 +320,26 @@ def test_a_device_that_is_too_small(work: Path, monkeypatch: pytest.MonkeyPatch)
     assert prune(work, "--resume").code == 0
 
 
+# --- a full folder for temporary files ---
+
+
+@pytest.mark.parametrize("options", [("--method", "fisher"), ("--method", "grasp"), ("--method", "llm-surgeon")])
+def test_a_full_folder_for_temporary_files(
+    options: tuple[object, ...], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        ran = prune(work, *options)
+    assert ran.code == 2 and "set TMPDIR to a larger disk" in ran.err, ran.err
+    assert [path.name for path in work.iterdir()] == ["model"]
+    # it may also fill while the run goes on
+    monkeypatch.setattr(llmprune.temporary, "save_file", full)
+    failed(prune(work, *options), "No space left on device", "set TMPDIR to a larger disk")
+
+
 # --- files that are damaged in other ways ---
 
 
@@ -295,3 +355,32 @@ def test_damaged_files_are_refused_and_nothing_worse(
     middle = data.draw(st.one_of(st.binary(max_size=12), st.text(max_size=8).map(str.encode), st.sampled_from(HARD)))
     with contextlib.suppress(*targets.DOCUMENTED):
         target.run(tmp_path_factory.mktemp("target"), seed[:start] + middle + seed[end:])
+
+
+def test_a_fingerprint_sees_every_tensor(work: Path) -> None:
+    # one file of many windows, changed in place within the smallest matrix
+    path = work / "model" / "model.safetensors"
+    before = Checkpoint(work / "model").fingerprint()
+    header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
+    start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        data = bytearray(path.read_bytes())
+        begin, end = entry["data_offsets"]
+        data[start + begin : start + end] = bytes(one ^ 1 for one in data[start + begin : start + end])
+        (work / "model" / "model.safetensors").write_bytes(data)
+        after = Checkpoint(work / "model").fingerprint()
+        assert after != before, name
+        before = after
+
+
+def test_a_measurement_is_shown_before_it_is_written(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, _: Any) -> None:
+        raise llmprune.RunError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr("llmprune.checkpoint.output.write_json", full)
+    measure = ("--perplexity", "demo", "--seqlen", 32, "--max-windows", 2, "--json")
+    ran = cli("eval", DEMO, *measure, "--out", work / "found.json")
+    assert ran.code == 1 and "cannot write" in ran.err
+    assert json.loads(ran.out)["perplexity"]["demo"]["ppl"] > 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 import torch
 from runner import cli, product
 
@@ -94,3 +96,18 @@ def test_a_run_that_would_not_fit_goes_another_way_and_resumes_so(
     assert product(tmp_path / "out") == product(tmp_path / "whole")
     report = json.loads((tmp_path / "out" / "llmprune.json").read_text())
     assert report["recipe"]["engine"]["batch_size"] == 2 and report["recipe"]["engine"]["schedule"] == "layer"
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_first_batch_may_miss_all_that_is_pruned(method: str) -> None:
+    model = tiny.build("gpt-oss")
+    # no token goes to the only expert that is pruned
+    model.model.layers[1].mlp.router.bias.data[3] = -1e4
+    settings: dict[str, Any] = {
+        "method": method,
+        "sparsity": 0.5,
+        "calibration": tiny.tokens(),
+        "targets": [r"re:.*layers\.1\..*\[3\]"],
+    }
+    report = llmprune.prune(model, **settings).report
+    assert {row["tokens"] for row in report["tensors"]} == {0}

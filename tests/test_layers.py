@@ -20,7 +20,7 @@ from llmprune.methods.weight import besa
 from llmprune.methods.weight.sparsellm import _Block
 from llmprune.statistics import MOMENTS, Stats
 from llmprune.types import Budget, MatrixSpec, UserError
-from llmprune.weights import read_matrix
+from llmprune.weights import Resident, read_matrix
 
 NAMES = [name for name in METHODS if hasattr(method_class(name), "fit_layer")]
 TEXT = tiny.tokens(6, 20, seed=3)
@@ -122,7 +122,7 @@ def block(layout: str) -> tuple[_Block, dict[str, torch.Tensor]]:
         model(input_ids=TEXT, use_cache=False)
     unit.module._forward_pre_hooks.clear()
     matrices = {
-        spec.name: Solved(spec, read_matrix(unit, spec), Stats(spec.inputs, frozenset()), Budget(0.5))
+        spec.name: Solved(spec, read_matrix(Resident(model), unit, spec), Stats(spec.inputs, frozenset()), Budget(0.5))
         for spec in unit.matrices
     }
     form = feedforward(unit.module)

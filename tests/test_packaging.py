@@ -24,6 +24,7 @@ LAYERS = {
     "linalg": 1,
     "kernels": 1,
     "memory": 1,
+    "temporary": 1,
     "ranks": 1,
     "device": 1,
     "recipe": 1,

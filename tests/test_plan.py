@@ -124,6 +124,24 @@ def test_targets_and_ignore(targets: str | None, names: list[str]) -> None:
         assert chosen("--ignore", targets) == [name for name in ALL if name not in names]
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "model.norm"])
+def test_a_target_that_is_never_pruned(target: str) -> None:
+    ran = cli("prune", DEMO, "--sparsity", 0.5, "--dry-run", "--targets", f"q_proj,{target}")
+    assert ran.code == 2 and f"target '{target}' matches only model." in ran.err, ran.err
+    assert "never pruned" in ran.err
+    # left out it may be
+    assert cli("prune", DEMO, "--sparsity", 0.5, "--dry-run", "--ignore", target).code == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "meta"), ("dtype", "bfloat16")])
+def test_a_loaded_model_stays_as_it_is(key: str, value: str) -> None:
+    model = tiny.build("llama")
+    with pytest.raises(UserError, match=rf"engine\.{key}={value} has no meaning for a loaded model"):
+        llmprune.prune(model, method="magnitude", sparsity=0.5, **{key: value})
+    own = {"device": "cpu", "dtype": "float32"}[key]
+    assert llmprune.prune(model, method="magnitude", sparsity=0.5, **{key: own}).report[key] == own
+
+
 def test_ignore_wins_over_targets() -> None:
     assert chosen("--targets", "mlp", "--ignore", "layers.2,up_proj") == [
         name for name in having("mlp") if "layers.2." not in name and "up_proj" not in name

@@ -45,6 +45,34 @@ def test_is_the_commands_in_a_row(tmp_path: Path) -> None:
     assert f"{measured['perplexity']['demo']['ppl']:.3f}" in (tmp_path / "all" / "report.html").read_text()
 
 
+def test_what_is_gone_is_made_again(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml")
+    command = ("run", recipe, "--out", tmp_path / "all")
+    assert cli(*command).code == 0
+    expected = runner.product(tmp_path / "all" / "pruned")
+    shutil.rmtree(tmp_path / "all" / "pruned")
+    ran = cli(*command)
+    assert ran.code == 0, ran.err
+    assert runner.product(tmp_path / "all" / "pruned") == expected
+    assert "evaluation" in read_run(tmp_path / "all" / "pruned")
+    (tmp_path / "all" / "report.html").unlink()
+    ran = cli(*command)
+    assert "prune: done before" in ran.err and "report: begins" in ran.err
+    assert (tmp_path / "all" / "report.html").is_file()
+
+
+def test_another_text_under_the_same_name_is_not_done_before(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a dog who liked to run and play. " * 40)
+    recipe = write(tmp_path / "recipe.yaml", eval={**EVAL, "perplexity": [f"file:{text}"]})
+    command = ("run", recipe, "--out", tmp_path / "all")
+    assert cli(*command).code == 0
+    assert "eval pruned: done before" in cli(*command).err
+    text.write_text("Once upon a time there was a cat who liked to run and play. " * 40)
+    ran = cli(*command)
+    assert "prune: done before" in ran.err and "eval pruned: begins" in ran.err
+
+
 def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
     recipe = write(tmp_path / "recipe.yaml")
     steps = runner.count_steps("run", recipe, "--out", tmp_path / "whole", "--quiet", folder=tmp_path)
@@ -119,7 +147,10 @@ def test_a_budget_is_found_then_pruned_recovered_and_shown(tmp_path: Path) -> No
     del journal["recover"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(journal))
     ran = cli(*command)
-    assert [line for line in ran.err.splitlines() if line.endswith("begins")] == ["recover: begins"]
+    assert [line for line in ran.err.splitlines() if line.endswith("begins")] == [
+        "recover: begins",
+        "eval recovered: begins",
+    ]
     assert runner.product(tmp_path / "out" / "recovered") == expected
 
 

@@ -1,11 +1,12 @@
 """The folder a run writes: durable, resumable, and never half-finished under its final name.
 
 Everything goes to `DIR.partial/`: one safetensors file a unit, and a journal that says which units
-are whole. When all is there, it is renamed to `DIR`.
+are whole. When all is there, the report is written, and from then on only the final name is missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,27 +28,30 @@ from llmprune.types import RunError, UserError
 REPORT_NAME = "llmprune.json"
 JOURNAL_NAME = "journal.jsonl"
 LOCK_NAME = "lock"
+# Where the output that is overwritten waits in the new one, until that has its final name.
+REPLACED_NAME = "replaced"
+PARTS = "model-*-of-*.safetensors"
 # Below this many bytes the parts are joined into one file, as a user expects of a small model.
 JOIN_BYTES = 128 * 2**20
 
 
 class Output:
-    """The output of one run. `open` claims the folder; `finish` gives it its final name."""
+    """The output of one run: `claim` the folder, `open` it when something is to be written, `finish` it."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self.folder = folder.expanduser().resolve()
-        self.partial = self._beside(".partial")
-        self._replaced = self._beside(".replaced")
+        self.partial = self.folder.parent / (self.folder.name + ".partial")
         self.fingerprint = fingerprint
         # what a run needs between its beginning and its end; it goes when the folder is finished
         self.scratch = self.partial / "scratch"
         self.records: dict[str, dict[str, Any]] = {}
         self._lock: Any = None
+        self._lines: list[dict[str, Any]] = []  # of the journal, if it is this run's
 
     def check(self, *, source: Path | None, resume: bool, overwrite: bool) -> None:
         """Refuse, before any work, what must not be written over; raises UserError."""
         read = None if source is None else source.resolve()
-        for written in (self.folder, self.partial, self._replaced):
+        for written in (self.folder, self.partial):
             if read is not None and (written == read or read in written.parents):
                 raise UserError(f"the output {self.folder} lies in the input folder, which is never written to")
             if read is not None and written in read.parents:
@@ -56,7 +60,7 @@ class Output:
             raise UserError(f"{self.folder} exists; choose another --out, or pass --overwrite to replace it")
         if self.folder.exists() and not (self.folder / "config.json").is_file() and not _is_empty(self.folder):
             raise UserError(f"{self.folder} holds something other than a model; --overwrite does not remove that")
-        if self.partial.exists() and not resume and not overwrite:
+        if not self._is_untouched() and not resume and not overwrite:
             raise UserError(
                 f"{self.partial} holds an unfinished run; pass --resume to go on with it, or --overwrite to start again"
             )
@@ -66,35 +70,37 @@ class Output:
 
     def is_finished(self) -> bool:
         """Whether the final folder holds the very run that is asked for."""
-        try:
-            report = json.loads((self.folder / REPORT_NAME).read_text())
-        except (OSError, ValueError):
-            return False
-        return isinstance(report, dict) and report.get("fingerprint") == self.fingerprint
+        return _fingerprint_in(self.folder) == self.fingerprint
 
-    def open(self, *, resume: bool) -> None:
-        """Create or reopen the partial folder and lock it; raises UserError if it belongs to another run."""
-        try:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.partial / LOCK_NAME).open("w")
-        except OSError as error:
-            raise RunError(f"cannot create {self.partial}: {error}") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"another run is writing to {self.partial}; wait for it, or choose another --out"
-            ) from error
-        lines = self._read_journal() if resume else []
-        if lines and lines[0].get("fingerprint") != self.fingerprint:
+    def claim(self, *, resume: bool) -> bool:
+        """Lock the partial folder; whether the run is finished already, so that nothing is left to do.
+
+        What lies there stays as it is. Only a run that was killed when all but its final name was there gets that name.
+        Raises UserError if another run is writing there, or if what is to be resumed is another run.
+        """
+        if resume and self.is_finished():
+            self._tidy()
+            return True
+        self._take_lock()
+        if not resume:
+            return False
+        complete, self._lines = _fingerprint_in(self.partial), self._read_journal()
+        begun = complete or (self._lines[0]["fingerprint"] if self._lines else None)
+        if begun not in (None, self.fingerprint):
             raise UserError(
                 f"{self.partial} was begun with another recipe, model, calibration text or version; "
                 "repeat that run's options to resume it, or pass --overwrite to start again"
             )
-        if not lines:
+        if complete:
+            self._publish()
+        return complete is not None
+
+    def open(self) -> None:
+        """Begin to write in the claimed folder, or go on with what is there of this run."""
+        if not self._lines:
             self._clear()
             self._append({"fingerprint": self.fingerprint})
-        self.records = {line["unit"]: line for line in lines[1:] if self._is_whole(line)}
+        self.records = {line["unit"]: line for line in self._lines[1:] if self._is_whole(line)}
 
     def write(
         self, unit: str, place: tuple[int, int], tensors: dict[str, torch.Tensor], record: dict[str, Any]
@@ -134,65 +140,98 @@ class Output:
         """Complete the folder and rename it to its final name.
 
         `add_files` puts config and tokenizer beside the weights, `describe` checks the folder and
-        returns the report. Whatever is killed here can be repeated: the parts go last.
+        returns the report, which says that all is there. What is killed before that can be repeated, as the parts
+        are still there; what is killed after it needs no more than `claim`.
         """
         try:
-            spent = self._join_or_index()
+            self._join_or_index()
             add_files(self.partial)
             report = {"fingerprint": self.fingerprint, **describe(self.partial)}
-            (self.partial / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
+            write_json(self.partial / REPORT_NAME, report)
         except BaseException as error:
             # without its config nothing takes the folder for a model
             (self.partial / "config.json").unlink(missing_ok=True)
             if isinstance(error, OSError | SafetensorError):
                 raise RunError(f"cannot complete {self.partial}: {error}") from error
             raise
-        for name in [*spent, JOURNAL_NAME]:
-            (self.partial / name).unlink(missing_ok=True)
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        shutil.rmtree(self._replaced, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(self._replaced)
-        self.partial.rename(self.folder)
-        # only now: until here a second run must find the folder locked
-        (self.folder / LOCK_NAME).unlink(missing_ok=True)
-        self.close()
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        self._publish()
 
     def close(self) -> None:
-        """Let go of the folder. A kept exception can keep this object, and with it the lock, alive."""
-        if self._lock is not None:
-            self._lock.close()
+        """Let go of the folder, which goes if nothing was written to it."""
+        if self._lock is None:
+            return
+        if self._is_untouched():
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._release()
 
-    def _beside(self, ending: str) -> Path:
-        return self.folder.parent / (self.folder.name + ending)
+    def _take_lock(self) -> None:
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.partial / LOCK_NAME).open("w")
+        except OSError as error:
+            raise RunError(f"cannot create {self.partial}: {error}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._release()
+            raise UserError(
+                f"another run is writing to {self.partial}; wait for it, or choose another --out"
+            ) from error
+
+    def _release(self) -> None:
+        """Give up the lock: a kept exception can keep this object alive, and with it an open file."""
+        self._lock.close()
+        self._lock = None
+
+    def _is_untouched(self) -> bool:
+        """Whether a run has claimed the partial folder, but written nothing to it."""
+        return {path.name for path in self.partial.glob("*")} <= {LOCK_NAME}
+
+    def _publish(self) -> None:
+        """Give the complete partial folder its final name; if killed on the way, `claim` does the rest."""
+        if (self.partial / SINGLE_NAME).is_file():
+            for part in self.partial.glob(PARTS):
+                part.unlink()
+        (self.partial / JOURNAL_NAME).unlink(missing_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if self.folder.exists():
+            shutil.rmtree(self.partial / REPLACED_NAME, ignore_errors=True)
+            self.folder.rename(self.partial / REPLACED_NAME)
+        self.partial.rename(self.folder)
+        # only now: until here a second run must find the folder locked
+        self._tidy()
+        self._release()
+
+    def _tidy(self) -> None:
+        """Remove from the final folder what is of no use there."""
+        with contextlib.suppress(OSError):
+            (self.folder / LOCK_NAME).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / REPLACED_NAME, ignore_errors=True)
 
     def _clear(self) -> None:
-        """Empty the partial folder, but for the lock."""
+        """Empty the partial folder, but for the lock and the output that a killed run was replacing."""
         for path in self.partial.iterdir():
+            if path.name in (LOCK_NAME, REPLACED_NAME):
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK_NAME:
+            else:
                 path.unlink()
 
-    def _join_or_index(self) -> list[str]:
-        """Make the parts a checkpoint: one joined file if they are small, else an index over them.
-
-        Returns the files that are not needed any more afterwards.
-        """
+    def _join_or_index(self) -> None:
+        """Make the parts a checkpoint: one joined file if they are small, else an index over them."""
         parts = {line["file"]: Checkpoint.of_file(self.partial / line["file"]) for line in self._with_files()}
         total = sum(line["bytes"] for line in self._with_files())
         if not parts:
-            return []
+            return
         if total <= JOIN_BYTES:
             # one of an earlier attempt would take room beside the new one
             (self.partial / SINGLE_NAME).unlink(missing_ok=True)
             self._save(SINGLE_NAME, {key: part.tensor(key) for part in parts.values() for key in part.entries})
-            return list(parts)
+            return
         weight_map = {key: name for name, part in parts.items() for key in part.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (self.partial / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
-        return []
 
     def _with_files(self) -> list[dict[str, Any]]:
         return sorted((line for line in self.records.values() if line["file"]), key=lambda line: str(line["file"]))
@@ -261,6 +300,12 @@ class Output:
             return False
 
 
+def check_file(path: Path) -> None:
+    """Whether a result can be written to a file once it is there; raises UserError."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path} must be a file in a folder that exists and can be written to")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file whole or not at all; raises RunError."""
     temporary = path.with_name(f"{path.name}.writing")
@@ -278,6 +323,15 @@ def record(folder: Path, key: str, value: Any) -> None:
     """Enter something in the report of a finished model; raises RunError."""
     path = folder / REPORT_NAME
     write_json(path, {**json.loads(path.read_text()), key: value})
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    """Of which run a folder holds the report, and so the complete result."""
+    try:
+        report = json.loads((folder / REPORT_NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return report.get("fingerprint") if isinstance(report, dict) else None
 
 
 def _is_empty(path: Path) -> bool:

@@ -24,11 +24,14 @@ class SharedOutput(Output):
         if self._ranks.leads:
             super().check(source=source, resume=resume, overwrite=overwrite)
 
-    def open(self, *, resume: bool) -> None:
+    def claim(self, *, resume: bool) -> bool:
         if len(set(self._ranks.gather(self.fingerprint))) > 1:
             raise RunError("the processes of this run see different models, texts or versions; give all the same")
+        return bool(self._ranks.tell(super().claim(resume=resume) if self._ranks.leads else None))
+
+    def open(self) -> None:
         if self._ranks.leads:
-            super().open(resume=resume)
+            super().open()
         self.records = self._ranks.tell(self.records)
 
     def write(

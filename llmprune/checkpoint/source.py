@@ -17,6 +17,7 @@ from llmprune.types import RunError, UserError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+SAMPLE_BYTES = 4096
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # What is fetched of a Hub repository, and what of a folder travels on to the pruned model.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
@@ -77,16 +78,21 @@ class Checkpoint:
         self._handles.clear()
 
     def fingerprint(self) -> str:
-        """A hash of config, headers and samples of every weight file: changes when the model does."""
+        """A hash of config, headers, and a sample from the begin and the middle of every tensor.
+
+        It changes when a tensor changes as a whole, as by training or pruning, but not with any single weight: reading
+        all would take as long as a run.
+        """
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for name in self.files:
-            path = self.folder / name
-            size = path.stat().st_size
-            digest.update(f"{name}:{size}".encode())
-            with path.open("rb") as file:
-                for part in range(8):
-                    file.seek(size * part // 8)
-                    digest.update(file.read(65536))
+            with (self.folder / name).open("rb") as file:
+                header = file.read(int.from_bytes(head := file.read(8), "little"))
+                digest.update(name.encode() + head + header)
+                for key, entry in sorted(json.loads(header).items()):
+                    begin, end = entry["data_offsets"] if key != "__metadata__" else (0, 0)
+                    for place in (begin, (begin + end) // 2):
+                        file.seek(8 + len(header) + place)
+                        digest.update(file.read(min(SAMPLE_BYTES, end - place)))
         return digest.hexdigest()
 
     def _handle(self, name: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from llmprune.commands import AsJson, Model, Trust
-from llmprune.types import UserError
 
 
 def bench(
@@ -29,10 +28,11 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time MODEL: prefill, decoding, loading; memory, file size, parameters, FLOPs."""
+    from llmprune.checkpoint import output
     from llmprune.eval import speed
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"--out {out} must be a file in a folder that exists")
+    if out is not None:
+        output.check_file(out)
     models = {"pruned": model} if baseline is None else {"dense": baseline, "pruned": model}
     result = speed.bench(
         models,
@@ -45,11 +45,15 @@ def bench(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
     if as_json:
         print(json.dumps(result))
-        return
+    else:
+        _show(result, sparse=sparse)
+    if out is not None:
+        output.write_json(out, result)
+
+
+def _show(result: dict[str, Any], *, sparse: bool) -> None:
     table = Table("", *result["models"])
     rows = result["models"].values()
     for title, key in (("prefill", "prefill"), ("decode, a token", "decode")):

@@ -52,8 +52,8 @@ def evaluate(
     from llmprune.eval.recorded import joined, other_baseline
     from llmprune.report.page import read_run
 
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise UserError(f"--out {out} must be a file in a folder that exists")
+    if out is not None:
+        output.check_file(out)
     if not (seqlen == "max" or seqlen.isdigit()):
         raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
     if not (batch_size == "auto" or batch_size.isdigit()):
@@ -83,18 +83,19 @@ def evaluate(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+    # after it is shown: a disk that is full by now does not take the result away
     if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        output.write_json(out, result)
     if record:
         earlier = read_run(Path(model)).get("evaluation", {})
         other = other_baseline(earlier, result)
         if other is not None:
             print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
         output.record(Path(model), "evaluation", joined(earlier, result))
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _show(result)
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """Gradients of all matrices of a model, on disk until a matrix is scored.
 
-They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, three with the Hessian's, 34
+They lie in the system's folder for temporary files (TMPDIR): two float32 values a weight, four with the Hessian's, 34
 with those of a block Fisher; of the gradients at outputs, a square of the outputs for every matrix.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from llmprune.arch.discover import Unit, expert_blocks, find_units
@@ -26,7 +24,8 @@ from llmprune.engine.flow import flow_gradients
 from llmprune.engine.gradients import Found, loss_gradients, regional_gradients
 from llmprune.engine.trunk import Trunk
 from llmprune.memory import within_reach
-from llmprune.statistics import CURVATURE, FISHER, FLOW, REGIONAL, TURNED
+from llmprune.statistics import CURVATURE, FISHER, FLOW, OF_WEIGHTS, REGIONAL, TURNED
+from llmprune.temporary import check_room, save
 from llmprune.types import FISHER_BLOCK, Gradient, Matrix, MatrixSpec, UserError
 from llmprune.weights import Loads
 
@@ -50,31 +49,39 @@ def check_gradients(
     refuse_shared_layers(model.config)
     if len(units) > len(find_units(model, head=False)):
         raise UserError(f"{name!r} takes gradients in decoder layers: leave out the output head")
-    if FLOW in kinds:
-        if any(True for unit in units for _ in expert_blocks(unit.module)):
-            raise UserError(f"{name!r} follows one input, and a router sends that to few of the experts")
-        return
-    if model.dtype == torch.float16:
+    if FLOW in kinds and any(True for unit in units for _ in expert_blocks(unit.module)):
+        raise UserError(f"{name!r} follows one input, and a router sends that to few of the experts")
+    if FLOW not in kinds and model.dtype == torch.float16:
         raise UserError(f"gradients underflow in float16, so {name!r} needs another engine.dtype")
-    if FISHER in kinds:
-        _check_room(name, units, device)
     if TURNED in kinds and model.dtype != torch.float32:
         raise UserError(f"{name!r} takes differences of gradients: set engine.dtype to float32")
+    if FISHER in kinds:
+        _check_memory(name, units, device)
+    what, advice = "the gradients of all matrices", ""
+    if FISHER in kinds:
+        what = f"{FISHER_BLOCK} products of gradients a weight"
+        advice = ", or use 'fisher', which keeps their diagonal"
+    for kind in kinds & OF_WEIGHTS:
+        check_room(f"{name!r} keeps {what}", _kept(kind, units), advice)
 
 
-def _check_room(name: str, units: list[Unit], device: torch.device) -> None:
-    """Whether the block Fisher of the largest layer fits into memory, and that of all on the disk; raises UserError."""
-    layers = [sum(spec.count for spec in unit.matrices) for unit in units]
-    folder = tempfile.gettempdir()
-    for where, needed, free in (
-        (f"{device} has", max(layers) * (FISHER_BLOCK + 4) * 4, within_reach(device)),
-        (f"{folder} has", sum(layers) * (FISHER_BLOCK + 2) * 4, shutil.disk_usage(folder).free),
-    ):
-        if needed > free:
-            raise UserError(
-                f"{name!r} keeps {FISHER_BLOCK} products of gradients a weight, {needed / 2**30:.1f} GiB: {where} "
-                f"{free / 2**30:.1f} GiB free; set TMPDIR to a larger disk, or use 'fisher', which keeps their diagonal"
-            )
+def _kept(kind: str, units: list[Unit]) -> int:
+    """Bytes of all that is taken of these units."""
+    specs = [spec for unit in units for spec in unit.matrices]
+    if kind == CURVATURE:
+        return 4 * sum(spec.outputs**2 for spec in specs)
+    return 4 * {TURNED: 4, FISHER: FISHER_BLOCK + 2}.get(kind, 2) * sum(spec.count for spec in specs)
+
+
+def _check_memory(name: str, units: list[Unit], device: torch.device) -> None:
+    """Whether the block Fisher of the largest layer fits into memory; raises UserError."""
+    needed = max(sum(spec.count for spec in unit.matrices) for unit in units) * (FISHER_BLOCK + 4) * 4
+    free = within_reach(device)
+    if needed > free:
+        raise UserError(
+            f"{name!r} keeps {FISHER_BLOCK} products of gradients a weight, {needed / 2**30:.1f} GiB: {device} has "
+            f"{free / 2**30:.1f} GiB free; use 'fisher', which keeps their diagonal"
+        )
 
 
 class Gradients:
@@ -166,7 +173,7 @@ class Gradients:
 
     def _save(self, kind: str, layer: int, tensors: dict[str, Any]) -> None:
         prefix = self._units[layer].prefix
-        save_file({prefix + name: one.contiguous() for name, one in tensors.items()}, self._path(kind, layer))
+        save({prefix + name: one for name, one in tensors.items()}, self._path(kind, layer))
 
     def _path(self, kind: str, layer: int) -> Path:
         return Path(self._folder.name) / f"{kind}.{layer}.safetensors"

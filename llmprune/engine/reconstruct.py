@@ -20,6 +20,7 @@ WARM_UP = 4
 
 def refit(
     module: nn.Module,
+    places: Mapping[str, list[torch.Tensor]],
     kept: dict[str, torch.Tensor],
     storage: dict[str, torch.dtype],
     calls: list[tuple[Call, torch.Tensor]],
@@ -29,13 +30,14 @@ def refit(
     seed: int,
     share: Share,
 ) -> tuple[float, float]:
-    """`reconstruct` the parameters that `kept` names, in place; returns the error before and after."""
-    parameters = {name: module.get_parameter(name) for name in kept}
+    """`reconstruct` some parameters in all of their `places` (see `Weights`); returns the error before and after."""
+    parameters = {name: ones[-1].to(ones[0].device) for name, ones in places.items()}
     found, before, after = reconstruct(
         module, parameters, kept, storage, calls, targets, epochs=epochs, seed=seed, share=share
     )
-    for name, one in parameters.items():
-        one.copy_(found[name])
+    for name, ones in places.items():
+        for one in ones:
+            one.copy_(found[name])
     return before, after
 
 

@@ -99,11 +99,11 @@ class Blockwise:
     def run(self, memory: PeakMemory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Result:
         """Fit every layer, write, and describe what was done."""
         output, trust = self.output, self.recipe.trust_remote_code
-        if resume and output.is_finished():
+        output.check(source=self.folder, resume=resume, overwrite=overwrite)
+        if output.claim(resume=resume):
             reporter.say(f"{output.folder} is already finished")
             return Result(read_history(output.folder), output.folder, trust)
-        output.check(source=self.folder, resume=resume, overwrite=overwrite)
-        output.open(resume=resume)
+        output.open()
         try:
             weights = self._weights(output)
             if REST not in weights.done():
@@ -229,6 +229,7 @@ class _Refit:
             kept = {name: (unit.module.get_parameter(name) != 0) | (name not in matrices) for name in names}
             before, after = refit(
                 unit.module,
+                {name: self._weights.places(unit, unit.prefix + name) for name in names},
                 kept,
                 storage,
                 calls,

@@ -88,12 +88,12 @@ class TrainingRun:
     def run(self, memory: PeakMemory, reporter: Reporter, *, resume: bool, overwrite: bool) -> Result:
         """Train, write, and describe what was done. The first of several processes writes; the others only train."""
         first = self.processes.is_main_process
-        finished = resume and self.output.is_finished()
-        if first and not finished:
+        if first:
             self.output.check(source=self.folder, resume=resume, overwrite=overwrite)
-            self.output.open(resume=resume)
+            if not self.output.claim(resume=resume):
+                self.output.open()
         self.processes.wait_for_everyone()
-        if finished:
+        if resume and self.output.is_finished():
             reporter.say(f"{self.output.folder} is already finished")
         else:
             try:

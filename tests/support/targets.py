@@ -83,7 +83,8 @@ def _journal(folder: Path, data: bytes) -> None:
     output.partial.mkdir(exist_ok=True)
     (output.partial / JOURNAL_NAME).write_bytes(data)
     with contextlib.closing(output):
-        output.open(resume=True)
+        output.claim(resume=True)
+        output.open()
     assert set(output.records) <= {"rest"}  # no other part lies there
 
 

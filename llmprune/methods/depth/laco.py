@@ -130,6 +130,8 @@ def _run(trunk: Trunk, base: int, mixture: Mixture, states: States) -> States:
     if mixture == {base: 1.0}:
         with trunk.loaded(base):
             return trunk.run(base, states)
-    values = mixed(trunk, base, mixture)
-    with trunk.loaded(base), holding(trunk.units[base].module, values):
-        return trunk.run(base, states)
+    values, module = mixed(trunk, base, mixture), trunk.units[base].module
+    with trunk.loaded(base):
+        dtypes = {name: one.dtype for name, one in module.named_parameters()}
+        with holding(module, {name: one.to(dtypes[name]) for name, one in values.items()}):
+            return trunk.run(base, states)
