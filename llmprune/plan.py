@@ -49,7 +49,7 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
         if not any(matches(pattern, name) for name in matrices):
             other = next((f"only {name}, which is never pruned" for name in parameters if matches(pattern, name)), None)
             raise UserError(
-                f"target {pattern!r} matches {other or 'no matrix of the model'}; they are called {_examples(plan)}"
+                f"target {pattern!r} matches {other or 'no matrix of the model'}; matrices are called {_examples(plan)}"
             )
     for pattern in recipe.ignore:
         if not any(matches(pattern, name) for name in (*parameters, *matrices)):
