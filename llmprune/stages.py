@@ -67,9 +67,9 @@ def run(
         # a run that was killed at its very end has the output of its last stage, but not yet the joined report
         ended = resume and between and _finished(out, _reading(stages[-1], between[-1]))
         # on resuming, only the stage itself can tell whether what lies in its folder is its own
-        for folder in ([] if resume else between) + ([] if ended else [out]):
-            Output(folder, "").check(source=source, resume=resume, overwrite=overwrite)
-    folders = [*between, out] if between else [*[None] * (len(stages) - 1), out]
+        for written in ([] if resume else between) + ([] if ended else [out]):
+            Output(written, "").check(source=source, resume=resume, overwrite=overwrite)
+    folders: list[Path | None] = [*between, out] if between else [*[None] * (len(stages) - 1), out]
     reports: list[dict[str, Any]] = []
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), 1):
         reporter.say(f"stage {number} of {len(stages)}: {stage.method}")
