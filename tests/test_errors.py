@@ -276,6 +276,8 @@ def test_remote_code_needs_a_word_from_the_user(work: Path, monkeypatch: pytest.
     # transformers copies modelling code to a cache of its own before it imports it
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(work.parent / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of the cache that other tests use
     edit_config(
         work,
         model_type="tiny_remote",

@@ -50,7 +50,6 @@ def evaluate(
     import llmprune
     from llmprune.checkpoint import output
     from llmprune.eval.recorded import joined, other_baseline
-    from llmprune.report.page import read_run
 
     if out is not None:
         output.check_file(out)
@@ -91,7 +90,7 @@ def evaluate(
     if out is not None:
         output.write_json(out, result)
     if record:
-        earlier = read_run(Path(model)).get("evaluation", {})
+        earlier = json.loads((Path(model) / output.REPORT_NAME).read_text()).get("evaluation", {})
         other = other_baseline(earlier, result)
         if other is not None:
             print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
