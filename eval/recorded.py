@@ -30,7 +30,7 @@ def _rows(old: dict[str, Any], new: dict[str, Any], measured: dict[str, Any]) ->
     parts: dict[str, Any] = {}
     for part in ("perplexity", "tasks"):
         stay = {name: row for name, row in old.get(part, {}).items() if name not in measured.get(part, {})}
-        if stay or part in new:
+        if stay or part in new or part == "perplexity":  # which every result has
             parts[part] = {**stay, **new.get(part, {})}
     samples = (new if "generation" in measured else old).get("generation")
     return parts if samples is None else {**parts, "generation": samples}

@@ -25,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    dynamic_module_utils,
 )
 
 import llmprune
@@ -273,11 +274,12 @@ class TinyRemoteForCausalLM(LlamaForCausalLM):
 
 
 def test_remote_code_needs_a_word_from_the_user(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # transformers copies modelling code to a cache of its own before it imports it
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(work.parent / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    # transformers copies modelling code to a cache of its own and imports it from there: another one than other tests use
+    used = dynamic_module_utils.HF_MODULES_CACHE
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(work.parent / "modules"))
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one != str(used)])
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of the cache that other tests use
+        monkeypatch.delitem(sys.modules, name)
     edit_config(
         work,
         model_type="tiny_remote",
