@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["tales-llama", "mix-qwen3"])
     parser.add_argument("--amounts", nargs="*", default=list(AMOUNTS))
-    parser.add_argument("--kinds", nargs="*", default=None)
+    parser.add_argument("--kinds", nargs="*", default=None, help="all that the amount can have by default")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--cells", type=int, default=None, help="stop after so many new figures")
     parser.add_argument("--again", action="store_true")
@@ -60,7 +60,8 @@ def main() -> None:
         (name, amount, kind)
         for amount in arguments.amounts
         for name in arguments.models
-        for kind in arguments.kinds or KINDS[amount]
+        for kind in KINDS[amount]
+        if arguments.kinds is None or kind in arguments.kinds
         if kind not in results.get(name, {}).get(amount, {}).get("kinds", {})
     ]
     for number, (name, amount, kind) in enumerate(cells[: arguments.cells]):
