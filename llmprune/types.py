@@ -42,7 +42,7 @@ class Pattern:
         """Read `"2:4"` (2 kept of every 4) or `"unstructured"`; raises UserError for anything else."""
         if text == "unstructured":
             return cls()
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text)  # Python refuses numbers of thousands of digits
         if not match:
             raise UserError(f"pattern {text!r} is not understood; write KEEP:GROUP, for example 2:4")
         keep, group = int(match[1]), int(match[2])
