@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llmprune.checkpoint.remote import trusted
-from llmprune.texts import CORPORA, parse
+from llmprune.texts import CORPORA, file_of, parse
 from llmprune.types import UserError
 
 # C4 is read from its first shards only: the whole of it is 800 GB.
@@ -88,13 +88,11 @@ def read_rows(spec: str, *, split: str = "train") -> tuple[Iterable[Any], str, o
     if text.kind == "demo":
         return [resources.files("llmprune.demo").joinpath(text.name).read_text(encoding="utf-8")], text.field, spec
     if text.kind == "file":
-        return _read_file(Path(text.name)), text.field, text.name
+        return _read_file(file_of(text)), text.field, text.name
     return _read_hub(text.name, text.config or None, text.split), text.field, text.name
 
 
 def _read_file(path: Path) -> Iterable[Any]:
-    if not path.is_file():
-        raise UserError(f"there is no text file {str(path)!r}")
     try:
         if path.suffix == ".jsonl":
             # not splitlines(): a text may hold the other line ends that Unicode knows

@@ -49,6 +49,14 @@ def parse(spec: str, *, split: str) -> Text:
     )
 
 
+def file_of(text: Text) -> Path:
+    """The file of the user's that is named; raises UserError if there is none."""
+    path = Path(text.name)
+    if not path.is_file():
+        raise UserError(f"there is no text file {str(path)!r}")
+    return path
+
+
 def same(training: str, evaluation: str) -> bool:
     """Whether what is read of one SPEC for training is what is read of the other for evaluation, or rows of it.
 
@@ -74,6 +82,4 @@ def digest_of(spec: str) -> str:
     text = parse(spec, split="train")
     if text.kind != "file":
         return spec
-    if not Path(text.name).is_file():
-        raise UserError(f"there is no text file {text.name!r}")
-    return f"{spec} {hashlib.sha256(Path(text.name).read_bytes()).hexdigest()}"
+    return f"{spec} {hashlib.sha256(file_of(text).read_bytes()).hexdigest()}"
