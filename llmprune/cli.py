@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from llmprune import ranks
+from llmprune import interruption, ranks
 from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
 from llmprune.commands.bench import bench
 from llmprune.commands.check import check
@@ -257,19 +256,9 @@ def _fail(code: int, text: str) -> NoReturn:
     sys.exit(code)
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. Not KeyboardInterrupt: typer would end the program on that, with no word on resuming."""
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise _Interrupted
-
-
 def main() -> None:
     """Run the command line; user errors exit with 2, failed runs with 1, each with one message."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    interruption.listen()
     if ranks.launched() and sys.argv[1:] and sys.argv[1] not in SHARED:
         _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
     hint = HINTS.get("".join(sys.argv[1:2]), "")
@@ -279,6 +268,6 @@ def main() -> None:
         _fail(2, str(error))
     except RunError as error:
         _fail(1, f"{error}{hint}")
-    except _Interrupted:
+    except interruption.Interrupted:
         others = "; if it was not you, another process of the run has ended" if ranks.launched() else ""
         _fail(1, f"interrupted{others}{hint}")

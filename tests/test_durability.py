@@ -224,6 +224,25 @@ def test_interrupted_while_it_is_verified(whole: Path, tmp_path: Path) -> None:
     resumes(tmp_path / "out", whole)
 
 
+def test_interrupted_where_python_drops_exceptions(whole: Path, tmp_path: Path) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def verify(*_: object, **__: object) -> None:
+        Finalized()
+        time.sleep(60)
+
+    ran = Forked(
+        *run(tmp_path / "out"),
+        log=tmp_path / "log",
+        before=lambda: setattr(sys.modules["llmprune.job"], "verify", verify),
+    ).wait()
+    failed(ran)
+    assert "interrupted" in ran.err
+    resumes(tmp_path / "out", whole)
+
+
 def test_a_process_interrupted_from_the_keyboard(whole: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmprune", *map(str, run(tmp_path / "out"))]
     # whoever started the tests in the background may have switched Ctrl-C off, and a child inherits that

@@ -18,6 +18,7 @@ FOLDERS = {"llmprune": ROOT / "llmprune", "llmprune.kernels": ROOT / "kernels", 
 # What a module may import of the project: its own layer and those below.
 LAYERS = {
     "types": 0,
+    "interruption": 0,
     "texts": 1,
     "masks": 1,
     "grid": 1,

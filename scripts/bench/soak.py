@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -89,7 +90,9 @@ def soak(number: int, seed: int, models: dict[str, Path], scratch: Path) -> dict
     recipes.keeps_its_word(ran, folder / "out", before)
     same = ran.code == whole.code and (ran.code != 0 or product(folder / "out") == product(folder / "whole"))
     if not same:
-        sys.exit(f"run {number} differs: {recipe}\n{whole.err}\n{ran.err}")
+        kept = Path(tempfile.mkdtemp(prefix=f"soak-{seed}-{number}-"))
+        shutil.copytree(folder, kept, dirs_exist_ok=True)
+        sys.exit(f"run {number} differs, with all that it wrote in {kept}: {name}, {recipe}\n{whole.err}\n{ran.err}")
     return {"model": name, "method": recipe["method"], "code": ran.code, "kills": kills}
 
 

@@ -169,10 +169,12 @@ def _main(arguments: Sequence[object]) -> int:
 
 @contextlib.contextmanager
 def _as_program(argv: list[str]) -> Iterator[None]:
-    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    before, hook = sys.argv, sys.unraisablehook
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     sys.argv = argv
     try:
         yield
     finally:
-        sys.argv = before
-        signal.signal(signal.SIGTERM, handler)
+        sys.argv, sys.unraisablehook = before, hook
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
