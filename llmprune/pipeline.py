@@ -13,7 +13,7 @@ from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
 from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.layer import Layer, Solved
-from llmprune.engine.reconstruct import refit
+from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call, first_tensor
 from llmprune.linalg import output_energy
@@ -156,7 +156,7 @@ class Pruning:
         places = {name: self._weights.places(unit, unit.prefix + name) for name in names}
         kept = {name: ones[-1].to(ones[0].device) != 0 for name, ones in places.items()}
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in names}
-        before, after = refit(
+        before, after = reconstruct(
             unit.module,
             places,
             kept,

@@ -21,7 +21,7 @@ from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
 from llmprune.engine.closed_form import fit_layer
-from llmprune.engine.reconstruct import output_of, refit
+from llmprune.engine.reconstruct import output_of, reconstruct
 from llmprune.engine.share import Share
 from llmprune.engine.suspend import Call
 from llmprune.kernels.product import FastLinear
@@ -227,7 +227,7 @@ class _Refit:
         for names in _parts(unit, self._options.parts):
             # a zero elsewhere, as in a bias, is a value like any other
             kept = {name: (unit.module.get_parameter(name) != 0) | (name not in matrices) for name in names}
-            before, after = refit(
+            before, after = reconstruct(
                 unit.module,
                 {name: self._weights.places(unit, unit.prefix + name) for name in names},
                 kept,
