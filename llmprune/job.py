@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -167,7 +166,7 @@ class Job:
             "device": self.device.type,
             "kernels": dispatch.fingerprint(self.device),
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return record.key_of(decides)
 
     @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:

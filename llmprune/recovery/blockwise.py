@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_options
 from llmprune.progress import Reporter
-from llmprune.record import versions
+from llmprune.record import key_of, versions
 from llmprune.recovery.data import Sequences, read_corpus
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
 from llmprune.recovery.recipe import Recovery, Training
@@ -149,11 +147,11 @@ class Blockwise:
             "recipe": self.recipe.model_dump(exclude={"model"}),
             "model": self.checkpoint.fingerprint(),
             "parent": self.parent.fingerprint(),
-            "text": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+            "text": self.text.digest(),
             "versions": versions(),
             "device": self.device.type,
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return key_of(decides)
 
     def _finish(self, weights: Streamed, memory: PeakMemory) -> None:
         recipe = self.recipe
@@ -162,7 +160,7 @@ class Blockwise:
             "versions": versions(),
             "data": {
                 "source": recipe.data.source,
-                "hash": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+                "hash": self.text.digest(),
                 "sequences": len(self.text),
                 "seqlen": self.text.ids_NT.shape[1],
             },
