@@ -1,4 +1,4 @@
-""""""
+"""Matrices with their inputs, and models with theirs, from which units are taken out."""
 
 from __future__ import annotations
 
