@@ -30,7 +30,6 @@ from llmprune.engine.suspend import DONE, Call, Stop, Suspended, first_tensor
 from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
-SCHEDULES = ("layer", "module")
 USED_AGAIN = "of all uses of the matrix in its layer, before anything in the layer was pruned"
 
 

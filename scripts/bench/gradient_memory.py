@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoints")
     arguments = parser.parse_args()
-    stored = record.FOLDER / "gradient_memory.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"rows": {}, "bytes": {}}
+    saved: dict[str, Any] = {"rows": {}, "bytes": {}, **record.load("gradient_memory")}
+    saved["environment"] = record.environment()
     for layers in arguments.layers:
         folder = Path(tempfile.mkdtemp(dir=arguments.scratch))
         try:
@@ -58,8 +58,12 @@ def main() -> None:
                 peak = json.loads(done.stdout)["peak_memory"]["anonymous"]
                 saved["rows"].setdefault(label, {})[str(layers)] = peak
                 print(label, layers, f"{peak / 1e9:.3f} GB", flush=True)
+                save(saved)
         finally:
             shutil.rmtree(folder)
+
+
+def save(saved: dict[str, Any]) -> None:
     sizes = sorted(saved["bytes"], key=int)
     heads = ["peak anonymous memory", *(f"{layers} layers, {saved['bytes'][layers] / 1e9:.2f} GB" for layers in sizes)]
     rows = [
@@ -68,7 +72,7 @@ def main() -> None:
     ]
     text = record.table(heads, rows)
     text += "\nA layer is 0.26 GB in bfloat16. 8 x 64 random tokens one sequence at a time, ratio 0.1, seed 0; CPU.\n"
-    record.save("gradient_memory", {"environment": record.environment(), **saved}, text)
+    record.save("gradient_memory", saved, text, echo=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ several sittings of --cells figures each; --again measures anew.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -54,8 +53,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=None, help="stop after so many new figures")
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
-    path = record.FOLDER / "recover.json"
-    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() and not arguments.again else {}
+    results: dict[str, Any] = {} if arguments.again else record.load("recover").get("results", {})
     cells = [
         (name, amount, kind)
         for amount in arguments.amounts
