@@ -78,7 +78,7 @@ def save(saved: dict[str, Any]) -> None:
         "\nA layer is 0.26 GB in bfloat16, 0.52 GB in float32, in which it runs. 8 x 64 random tokens one sequence at a time, "
         "ratio 0.1, seed 0; CPU; without the check that reloads the result.\n"
     )
-    record.save("gradient_memory", {"environment": record.environment(), **saved}, text)
+    record.save("gradient_memory", {**saved, "environment": record.environment()}, text)
 
 
 if __name__ == "__main__":
