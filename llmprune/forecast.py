@@ -15,7 +15,7 @@ from llmprune.arch.discover import Unit
 from llmprune.checkpoint.output import JOIN_BYTES
 from llmprune.engine import schedule
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.linalg import output_energy
 from llmprune.memory import Meter, give_back, within_reach
 from llmprune.plan import Plan
@@ -119,7 +119,7 @@ class Probe:
                 self.found.sums_s += self._seconds()
             self._solve(unit, {spec.name: (stats[spec.name], transposed[spec.name]) for spec in self._in(unit, stats)})
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a probe fits nothing")
 
     def finish(self, unit: Unit) -> None:

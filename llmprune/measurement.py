@@ -18,7 +18,7 @@ from llmprune.engine import schedule
 from llmprune.engine.divergence import Variant, divergences
 from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
 from llmprune.scores import Score
@@ -72,7 +72,7 @@ class Measurement:
         with torch._C.DisableTorchFunction():
             self._look(self._numbers[unit.name], matrices)
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a measurement fits nothing")
 
     def finish(self, unit: Unit) -> None:

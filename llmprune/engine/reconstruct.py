@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call, first_tensor
+from llmprune.engine.suspend import Call, Calls, first_tensor
 
 # step length at its peak, as a share of the root mean square of a matrix's kept weights
 RATE = 0.02
@@ -23,7 +23,7 @@ def reconstruct(
     places: Mapping[str, list[torch.Tensor]],
     kept: dict[str, torch.Tensor],
     storage: dict[str, torch.dtype],
-    calls: list[tuple[Call, torch.Tensor]],
+    calls: Calls,
     targets: list[torch.Tensor],
     *,
     epochs: int,

@@ -21,7 +21,7 @@ from llmprune.engine import schedule
 from llmprune.engine.closed_form import fit_layer
 from llmprune.engine.reconstruct import output_of, reconstruct
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_options
@@ -200,7 +200,7 @@ class _Refit:
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         raise AssertionError("nothing is pruned here")
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         if unit.name not in self._open:
             return False
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in _own(unit)}
@@ -216,7 +216,7 @@ class _Refit:
         self,
         unit: Unit,
         storage: dict[str, torch.dtype],
-        calls: list[tuple[Call, torch.Tensor]],
+        calls: Calls,
         targets: list[torch.Tensor],
     ) -> tuple[float, float]:
         """Fit the parts of a layer one after the other; its error before and after."""
