@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.checkpoint.source import Checkpoint
 from llmprune.report import words
 from llmprune.report.card import CARD, model_card
@@ -119,7 +120,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if folder.name.endswith(".partial") or (folder / "journal.jsonl").exists():
         raise UserError(f"{folder} holds an unfinished run; finish it with --resume before it is pushed")
     try:
-        report: dict[str, Any] = json.loads((folder / "llmprune.json").read_text())
+        report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
         complete = all(key in report for key in ("recipe", "totals", "tensors", "versions", "run"))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedModel
 
 from llmprune import ranks
-from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
+from llmprune.checkpoint.output import REPORT_NAME, Output, read_report, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.inspection import zeros_of_layers
 from llmprune.job import Job
@@ -158,9 +157,5 @@ def _kind(method: Any) -> type[Job]:
 
 def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The report in `out`, if it is of this very recipe."""
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    same = isinstance(report, dict) and report.get("recipe") == recipe.model_dump(mode="json")
-    return report if same else None
+    report = read_report(out)
+    return report if report and report.get("recipe") == recipe.model_dump(mode="json") else None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmprune import calibration, hub, stages
-from llmprune.checkpoint.output import REPORT_NAME, record, write_json
+from llmprune.checkpoint.output import REPORT_NAME, read_report, record, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.evaluate import Wanted, evaluate
 from llmprune.progress import Reporter
@@ -218,10 +218,7 @@ def _plain(settings: Strict) -> dict[str, Any]:
 
 def _says(model: Path, key: str) -> bool:
     """Whether the report of a finished model has an entry."""
-    try:
-        return key in json.loads((model / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return False
+    return key in (read_report(model) or {})
 
 
 def _check(workflow: Workflow) -> None:
