@@ -68,9 +68,7 @@ class Pruning:
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}
-        self._wanted = {
-            unit.name: {spec.name for spec in unit.matrices if spec.name in plan.budgets} for unit in plan.units
-        }
+        self._wanted = {unit.name: {spec.name for spec in plan.chosen(unit)} for unit in plan.units}
         for name in self._finished:
             self._wanted[name] = set()
         self._loaded: set[str] = set()

@@ -26,13 +26,17 @@ class Plan:
     def specs(self) -> list[MatrixSpec]:
         return [spec for layer in self.layers() for spec in layer]
 
+    def chosen(self, unit: Unit) -> list[MatrixSpec]:
+        """The chosen matrices of a unit."""
+        return [spec for spec in unit.matrices if spec.name in self.budgets]
+
     def chosen_units(self) -> list[Unit]:
         """The units that hold a chosen matrix."""
-        return [unit for unit in self.units if any(spec.name in self.budgets for spec in unit.matrices)]
+        return [unit for unit in self.units if self.chosen(unit)]
 
     def layers(self) -> list[list[MatrixSpec]]:
         """The chosen matrices of each of them."""
-        return [[spec for spec in unit.matrices if spec.name in self.budgets] for unit in self.chosen_units()]
+        return [self.chosen(unit) for unit in self.chosen_units()]
 
 
 def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
