@@ -58,7 +58,6 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
     for pattern in recipe.ignore:
         if not any(matches(pattern, name) for name in (*parameters, *matrices)):
             raise UserError(f"ignore {pattern!r} matches no matrix of the model; they are called {_examples(plan)}")
-    chosen = 0
     for unit in plan.units:
         plan.left_alone.update(unit.left_alone)
         for spec in unit.matrices:
@@ -68,8 +67,7 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
                 plan.left_alone[spec.name] = "ignored"
             else:
                 plan.budgets[spec.name] = Budget(0.0)
-                chosen += 1
-    if not chosen:
+    if not plan.budgets:
         raise UserError("targets and ignore leave nothing to prune")
     return plan
 
