@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from solver_problems import inputs_of, normal, stats_of
+from draws import normal
+from solver_problems import inputs_of, stats_of
 
 from llmprune import scores
 from llmprune.methods import method_of

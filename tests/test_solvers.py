@@ -8,7 +8,9 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from solver_problems import BUDGETS, FOUR_OF_8, TWO_OF_4, apart, damped64, inputs_of, label, normal, stats_of
+from budgets import FOUR_OF_8, TWO_OF_4, label
+from draws import normal
+from solver_problems import BUDGETS, apart, damped64, inputs_of, stats_of
 
 from llmprune import masks
 from llmprune.linalg import scaled

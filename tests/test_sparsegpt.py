@@ -12,17 +12,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from budgets import FOUR_OF_8, ONE_OF_4, TWO_OF_4, label
 from sparsegpt_problems import (
     BUDGETS,
-    FOUR_OF_8,
     KINDS,
-    ONE_OF_4,
     TOLERANCE,
-    TWO_OF_4,
     assert_same,
     clear_case,
     gram64,
-    label,
     make_stats,
     make_weight,
     solve,

@@ -6,16 +6,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from budgets import FOUR_OF_8, TWO_OF_4, label
 from sparsegpt_problems import (
     BUDGETS,
     CLEAR,
-    FOUR_OF_8,
     KINDS,
-    TWO_OF_4,
     assert_same,
     clear_case,
     gram64,
-    label,
     make_stats,
     make_weight,
     solve,

@@ -5,22 +5,13 @@ from __future__ import annotations
 import numpy as np
 import oracles
 import torch
+from budgets import FOUR_OF_8, TWO_OF_4
+from draws import normal
 
 from llmprune.statistics import GRAM, MOMENTS, Stats
-from llmprune.types import Budget, Pattern
+from llmprune.types import Budget
 
-TWO_OF_4, FOUR_OF_8 = (Budget.of(None, Pattern(*pair)) for pair in ((2, 4), (4, 8)))
 BUDGETS = [Budget(0.3), Budget(0.5), Budget(0.7), TWO_OF_4, FOUR_OF_8]
-
-
-def label(value: object) -> str | None:
-    if isinstance(value, Budget):
-        return str(value.pattern) if value.pattern.structured else f"{value.sparsity:g}"
-    return None
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs_of(width: int, seed: int = 50) -> torch.Tensor:

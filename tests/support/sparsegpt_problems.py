@@ -7,10 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import oracles
 import torch
+from budgets import FOUR_OF_8, ONE_OF_4, TWO_OF_4
 
 from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.statistics import Stats
-from llmprune.types import Budget, Edit, Matrix, Pattern
+from llmprune.types import Budget, Edit, Matrix
 
 # Relative error allowed to weights (Frobenius). Float32 with condition 5e3 gives 1e-7 ... 1e-6.
 TOLERANCE = 1e-5
@@ -18,15 +19,8 @@ TOLERANCE = 1e-5
 # single compensated weights err by up to 1e-5 of their root mean square in float32.
 CLEAR = 5e-5
 UNSTRUCTURED = [Budget(0.3), Budget(0.5), Budget(0.7)]
-ONE_OF_4, TWO_OF_4, FOUR_OF_8 = (Budget.of(None, Pattern(*pair)) for pair in ((1, 4), (2, 4), (4, 8)))
 BUDGETS = [*UNSTRUCTURED, ONE_OF_4, TWO_OF_4, FOUR_OF_8]
 KINDS = ["white", "correlated", "singular"]
-
-
-def label(value: object) -> str | None:
-    if isinstance(value, Budget):
-        return str(value.pattern) if value.pattern.structured else f"{value.sparsity:g}"
-    return "x".join(map(str, value)) if isinstance(value, tuple) else None
 
 
 def make_weight(outputs: int, inputs: int, seed: int) -> torch.Tensor:
