@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=None, help="stop after so many new figures")
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {} if arguments.again else record.load("recover").get("results", {})
+    saved = {} if arguments.again else record.load("recover")
+    record.enter(saved, "accelerate", "peft")
+    results = saved.setdefault("results", {})
     cells = [
         (name, amount, kind)
         for amount in arguments.amounts
@@ -68,7 +70,7 @@ def main() -> None:
     for (name, amount), group in itertools.groupby(cells[: arguments.cells], key=lambda cell: cell[:2]):
         for kind in measured(results, name, amount, [kind for *_, kind in group], arguments.steps):
             left -= 1
-            save(results)
+            save(saved)
             print(f"{name}, {amount}, {kind}: {left} figures left", flush=True)
 
 
@@ -121,18 +123,16 @@ def recovered(pruned: Path, out: Path, text: Text, label: str, steps: int, amoun
     return {**perplexity(out, text.evaluation), **took, **trained, "settings": settings}
 
 
-def save(results: dict[str, Any]) -> None:
+def save(saved: dict[str, Any]) -> None:
     rows = []
-    for name, found in results.items():
-        dense = found["dense"]["ppl"]
-        for amount, cell in found.items():
-            if amount == "dense":
-                continue
+    for (name, found), amount in itertools.product(saved["results"].items(), AMOUNTS):
+        if amount in found:
+            dense, cell = found["dense"]["ppl"], found[amount]
             pruned = cell["pruned"]["ppl"]
             if "reference" in cell:
                 rows.append([f"{name} ({dense:.3f})", amount, f"({REFERENCES[amount]} instead)", f"{pruned:.3f}",
                              f"{cell['reference']['ppl']:.3f}", won(dense, pruned, cell["reference"]["ppl"]), *[""] * 6])  # fmt: skip
-            for kind, one in cell["kinds"].items():
+            for kind, one in sorted(cell["kinds"].items(), key=lambda pair: KINDS[amount].index(pair[0])):
                 rows.append([f"{name} ({dense:.3f})", amount, kind, f"{pruned:.3f}", f"{one['ppl']:.3f}",
                              won(dense, pruned, one["ppl"]), held_out(one), share(cell["pruned"]), share(one), str(one.get("steps", "–")),
                              f"{one['cpu_minutes']:.1f}", f"{one['minutes']:.1f}"])  # fmt: skip
@@ -146,7 +146,7 @@ def save(results: dict[str, Any]) -> None:
         "minutes of processor time, min is what a clock on the wall said; other work shared the machine and lengthened "
         "both. Rates and steps of each run: recover.json.\n"
     )
-    saved = {"environment": record.environment("accelerate", "peft"), "protocol": note.strip(), "results": results}
+    saved["protocol"] = note.strip()
     heads = [
         "model (dense)",
         "amount",
