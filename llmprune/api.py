@@ -67,7 +67,7 @@ def prune(
     if not isinstance(model, PreTrainedModel):
         chosen["model"] = str(model)
         if out is None and not dry_run:
-            raise UserError("say where the pruned model goes: out=FOLDER")
+            raise UserError("say where the pruned model goes: --out FOLDER, or out= in Python")
     with ranks.current().together():
         ready = load_recipe(Path(recipe) if recipe else None, chosen)
         return stages.run(

@@ -19,6 +19,12 @@ from llmprune.types import UserError
 
 # C4 is read from its first shards only: the whole of it is 800 GB.
 C4_DOCUMENTS = 20_000
+# The model whose text `demo` is.
+DEMO_MODEL = Path(str(resources.files("llmprune.demo"))) / "model"
+OF_THE_DEMO = (
+    "the text is the demo's: stories for children, which suit hardly any other model; name one of the kind that the "
+    "model is for, such as file:text.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ def _read_file(path: Path) -> Iterable[Any]:
             rows = _datasets("parquet files").load_dataset("parquet", data_files=str(path), split="train")
             return rows
         return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#x} at position {error.start}); convert it, "
+            f"for example from Latin-1: iconv -f latin1 -t utf-8 {path}"
+        ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from llmprune import interruption, ranks
+from llmprune import __version__, interruption, ranks
 from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
 from llmprune.commands.bench import bench
 from llmprune.commands.check import check
@@ -24,7 +25,6 @@ from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
-    help="Post-training pruning of Hugging Face language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -51,6 +51,21 @@ app.command()(recover)
 app.command()(report)
 app.command()(run)
 app.command()(search)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"llmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Post-training pruning of Hugging Face language models."""
 
 
 @app.command()
@@ -159,7 +174,7 @@ def inspect(folder: Model, as_json: AsJson = False) -> None:
 def methods(
     name: Annotated[str | None, typer.Argument(help="Only this one, with its options.")] = None, as_json: AsJson = False
 ) -> None:
-    """List every method: what it needs and what it can do; of NAME the options, too."""
+    """List every method: what it needs and what it can do; of NAME what it does, and its options with their defaults."""
     from llmprune.methods import describe, method_class
 
     rows = describe()
@@ -169,12 +184,20 @@ def methods(
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(Column("name", no_wrap=True), "kind", "needs", "patterns", "output", "paper")
+    paper = Column("paper", min_width=max(len(row["paper"]) for row in rows if " " not in row["paper"]))
+    table = Table(
+        Column("name", no_wrap=True), Column("kind", no_wrap=True), "needs", Column("N:M", no_wrap=True), paper
+    )
     for row in rows:
-        needs, patterns = ", ".join(row["needs"]) or "no data", ", ".join(row["patterns"])
-        table.add_row(row["name"], row["kind"], needs, patterns, row["output"], row["paper"])
+        needs, patterns = ", ".join(row["needs"]) or "no data", "yes" if "N:M" in row["patterns"] else ""
+        table.add_row(row["name"], row["kind"], needs, patterns, row["paper"])
     Console().print(table)
-    for option, default in rows[0]["options"].items() if name is not None else ():
+    if name is None:
+        print("llmprune methods NAME says what one does, and its options")
+        return
+    print(f"{getdoc(method_class(name))}\n")
+    steps = {key: value for key, value in rows[0]["steps"].items() if value}
+    for option, default in (rows[0]["options"] | steps).items():
         print(f"--set {option}={json.dumps(default)}")
 
 

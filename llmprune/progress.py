@@ -52,7 +52,7 @@ class Reporter:
         self._done += outcome.shape[0] * outcome.shape[1]
         error = "" if outcome.error is None else f"  error {outcome.error:.2e}"
         line = f"{outcome.name}  {outcome.achieved / (outcome.shape[0] * outcome.shape[1]):.1%}{error}  {seconds:.2f} s"
-        memory = f"{current()[1] / 2**20:.0f} MiB"
+        memory = f"{current()[0] / 2**20:.0f} MiB"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=f"{outcome.name}  {memory}")
             self._bar.console.print(line, markup=False)

@@ -341,7 +341,7 @@ def test_pattern_that_is_none(work: Path, pattern: str) -> None:
     ("typed", "meant"), [("sparsegtp", "sparsegpt"), ("wandaa", "wanda"), ("magnitud", "magnitude")]
 )
 def test_unknown_method(work: Path, typed: str, meant: str) -> None:
-    half_refused(work, "--method", typed, says=(f"unknown method {typed!r}", f"did you mean {meant!r}?", "known:"))
+    half_refused(work, "--method", typed, says=(f"unknown method {typed!r}", f"did you mean {meant!r}?"))
 
 
 def test_unknown_allocation(work: Path) -> None:
@@ -670,6 +670,8 @@ def test_methods_by_their_whole_names_and_options() -> None:
     (row,) = (row for row in describe() if row["name"] == "sparsegpt")
     options = {f"--set {key}={json.dumps(value)}" for key, value in row["options"].items()}
     assert ran.code == 0 and options == {line for line in ran.out.splitlines() if line.startswith("--set")} != set()
+    assert "`damping`: fraction of the mean" in ran.out
+    assert "--set retarget=0.75" in cli("methods", "auto").out
     _is_refusal(cli("methods", "sparsegtp"), ("did you mean 'sparsegpt'?",))
 
 
@@ -689,3 +691,68 @@ def test_a_process_that_succeeds(work: Path) -> None:
     assert report == json.loads((work / "out" / "llmprune.json").read_text())
     assert "model.layers.4.mlp.down_proj.weight" in ran.err
     assert yaml.safe_load(yaml.safe_dump(report["recipe"]))["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--sparsity", 50), ("sparsity 50.0", "0.5 for 50 %")),
+        (("--ratio", 20), ("ratio 20.0", "0.2 for 20 %")),
+        (("--ratio", 0.2, "--params", "5e5"), ("either ratio or params, not both",)),
+        (("--drop-layers", "two"), ("'drop_layers'", "'two'")),
+        (("--set", "calibration.samples=[1]", "--sparsity", 0.5), ("'calibration.samples'", "valid integer", "[1]")),
+        (("--set", "engine=module", "--sparsity", 0.5), ("'engine' is a section", "schedule", "'module'")),
+        (("--method", "besa", "--pattern", "2:4"), ("'besa' has no N:M patterns",)),
+    ],
+)
+def test_wrong_amounts_and_sections(work: Path, options: tuple[object, ...], says: tuple[str, ...]) -> None:
+    prune_refused(work, *options, says=says)
+
+
+def test_a_recipe_that_names_its_text_where_a_section_belongs(work: Path) -> None:
+    (work / "recipe.yaml").write_text("sparsity: 0.5\ncalibration: demo\n")
+    prune_refused(work, "--recipe", work / "recipe.yaml", says=("'calibration' is a section", "source", "'demo'"))
+
+
+def test_the_option_is_named_where_the_output_is_missing(work: Path) -> None:
+    refused(work, "prune", work / "model", "--sparsity", 0.5, says=("--out FOLDER",))
+
+
+def test_a_text_that_is_not_utf_8(work: Path) -> None:
+    (work / "text.txt").write_bytes("caf\xe9 ".encode("latin-1") * 999)
+    half_refused(work, "--calibration", f"file:{work / 'text.txt'}", says=("text.txt", "not UTF-8", "iconv"))
+
+
+def test_an_evaluation_text_that_is_too_short_says_what_helps(work: Path) -> None:
+    (work / "text.txt").write_text("Once upon a time")
+    evaluation = ("eval", work / "model", "--perplexity", f"file:{work / 'text.txt'}", "--seqlen", 256)
+    refused(work, *evaluation, says=("give more text, or a smaller --seqlen",))
+
+
+def test_a_near_miss_is_answered_without_the_whole_list(work: Path) -> None:
+    ran = cli("prune", work / "model", "--out", work / "out", "--sparsity", 0.5, "--method", "sparsegp")
+    assert ran.err.strip() == "error: unknown method 'sparsegp'; did you mean 'sparsegpt'?"
+    ran = cli("prune", work / "model", "--out", work / "out", "--sparsity", 0.5, "--method", "qqqqqq")
+    assert "known: activation, " in ran.err
+
+
+def test_an_output_folder_that_cannot_be_made(work: Path) -> None:
+    # no folder can be made in /proc, whoever asks
+    run = ("prune", work / "model", "--out", "/proc/out", "--method", "magnitude", "--sparsity", 0.5)
+    refused(work, *run, says=("/proc/out", "cannot be written to", "--out"))
+
+
+def test_version() -> None:
+    assert cli("--version").out == f"llmprune {llmprune.__version__}\n"
+
+
+def test_methods_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = cli("methods").out
+    assert "…" not in listed and max(map(len, listed.splitlines())) <= 80
+    for row in describe():
+        assert row["name"] in listed
+        assert row["paper"] in listed or " " in row["paper"]
+    kinds = [line.split("│")[2].strip() for line in listed.splitlines() if line.startswith("│")]
+    kinds = [kind for kind in kinds if kind]
+    assert kinds == sorted(kinds, key=["weight", "width", "depth", "expert"].index)

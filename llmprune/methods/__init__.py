@@ -107,6 +107,9 @@ PRESETS = {
 }
 
 
+KINDS = ("weight", "width", "depth", "expert")  # as they are listed
+
+
 def epochs_of(recipe: Recipe) -> int:
     """How often a recipe has each layer fitted to its dense output, over all batches."""
     preset = PRESETS.get(recipe.method)
@@ -198,7 +201,7 @@ def _accepted(default: Any) -> tuple[type, ...]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row a method or preset: name, kind, needed statistics, patterns, output, paper, options, further steps."""
+    """One row a method or preset, kind by kind: name, kind, needed statistics, patterns, output, paper, options, further steps."""
     rows = []
     for name in (*PRESETS, *METHODS):
         preset = PRESETS.get(name, Preset(name))
@@ -219,4 +222,4 @@ def describe() -> list[dict[str, Any]]:
                 },
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: KINDS.index(row["kind"]))
