@@ -54,7 +54,8 @@ def prune(
     SPEC, or token ids as lists, tensors or dicts with `input_ids` and `attention_mask`. `settings` are
     recipe keys: `method`, `sparsity` (fraction of zeros), `pattern` ("2:4" keeps 2 of 4), `samples`,
     `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest; for depth and expert
-    methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction).
+    methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction). `reporter`:
+    `llmprune.progress.Reporter()` shows progress and warnings on stderr; by default the warnings are in the report alone.
 
     Started by `torchrun`, the processes share the work: each must make this call alike.
 

@@ -149,7 +149,7 @@ class Restructuring(Job):
         if self.recipe.layout == "remote-code":
             reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
+            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights, reporter.layer)
             decision = self._decide(trunk, weights)
         reporter.say(self._settle(decision))
         if not self.share.batches:

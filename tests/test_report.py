@@ -353,3 +353,15 @@ def test_a_line_says_the_memory_that_the_end_says(
     reporter.start(4, 0)
     reporter.matrix(Outcome("a.weight", (2, 2), 2, 2, None, "output", None), 0.5)
     assert "7 MiB" in capsys.readouterr().err
+
+
+def test_a_long_structural_run_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("--samples", 2, "--seqlen", 32)
+    quick = cli("prune", DEMO, "--out", tmp_path / "quick", "--ratio", 0.2, *text)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    slow = cli("prune", DEMO, "--out", tmp_path / "slow", "--ratio", 0.2, *text)
+    assert quick.code == slow.code == 0, slow.err
+    assert "at layer" not in quick.err
+    last = json.loads((DEMO / "config.json").read_text())["num_hidden_layers"] - 1
+    for index in range(last + 1):
+        assert f"at layer {index} of 0 to {last}, " in slow.err
