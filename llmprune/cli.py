@@ -184,10 +184,8 @@ def methods(
     if as_json:
         print(json.dumps(rows))
         return
-    paper = Column("paper", min_width=max(len(row["paper"]) for row in rows if " " not in row["paper"]))
-    table = Table(
-        Column("name", no_wrap=True), Column("kind", no_wrap=True), "needs", Column("N:M", no_wrap=True), paper
-    )
+    name_column, kind = (Column(head, no_wrap=True) for head in ("name", "kind"))
+    table = Table(name_column, kind, Column("needs", max_width=12), "N:M", "paper")
     for row in rows:
         needs, patterns = ", ".join(row["needs"]) or "no data", "yes" if "N:M" in row["patterns"] else ""
         table.add_row(row["name"], row["kind"], needs, patterns, row["paper"])
@@ -196,7 +194,7 @@ def methods(
         print("llmprune methods NAME says what one does, and its options")
         return
     print(f"{getdoc(method_class(name))}\n")
-    steps = {key: value for key, value in rows[0]["steps"].items() if value}
+    steps = {key: value for key, value in rows[0]["steps"].items() if value not in (None, 0, "uniform")}
     for option, default in (rows[0]["options"] | steps).items():
         print(f"--set {option}={json.dumps(default)}")
 

@@ -260,7 +260,7 @@ def merge_settings(data: dict[str, Any], settings: dict[str, Any], kind: type[Ba
             node[part] = {} if node.get(part) is None else node[part]
             node = node[part]
             if not isinstance(node, dict):
-                raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
+                raise UserError(f"recipe key {key!r}: {part!r} is {node!r}, which has no keys of its own")
         node[key.split(".")[-1]] = value
     return data
 

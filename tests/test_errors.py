@@ -711,7 +711,9 @@ def test_wrong_amounts_and_sections(work: Path, options: tuple[object, ...], say
 
 def test_a_recipe_that_names_its_text_where_a_section_belongs(work: Path) -> None:
     (work / "recipe.yaml").write_text("sparsity: 0.5\ncalibration: demo\n")
-    prune_refused(work, "--recipe", work / "recipe.yaml", says=("'calibration' is a section", "source", "'demo'"))
+    run = ("prune", work / "model", "--out", work / "out", "--recipe", work / "recipe.yaml")
+    refused(work, *run, says=("'calibration' is a section", "source", "'demo'"))
+    refused(work, *run, "--samples", 2, says=("'calibration.samples'", "'calibration' is 'demo'"))
 
 
 def test_the_option_is_named_where_the_output_is_missing(work: Path) -> None:
