@@ -219,6 +219,8 @@ def given(data: Any) -> Tokens:
     Positions that an attention mask excludes are removed here, once and for all. Raises UserError for
     what is no sequence of token ids.
     """
+    if not isinstance(data, Iterable):
+        raise UserError(f"calibration {data!r} is neither token ids nor a text SPEC in quotes, such as 'file:text.txt'")
     sequences = []
     for number, row in enumerate([data] if isinstance(data, Mapping) else data):
         fields = row if isinstance(row, Mapping) else {"input_ids": row}

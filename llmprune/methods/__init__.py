@@ -186,7 +186,9 @@ def make_options(cls: Any, options: dict[str, Any], what: str, *, seed: int = 0)
         options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"{what} has no option {key!r}{nearest(key, list(known))}")
+            # what is no option may be a misspelt key of the recipe
+            meant = nearest(key, list(known) if key in Recipe.model_fields else [*known, *Recipe.model_fields])
+            raise UserError(f"{what} has no option {key!r}{meant}")
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
             raise UserError(f"option {key}={value!r} of {what} must be a {type(default).__name__}")
