@@ -66,7 +66,9 @@ def prune(
         settings["calibration"], calibration = calibration, None
     chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
     if not isinstance(model, str | Path | PreTrainedModel):
-        raise UserError(f"the model must be a folder, a Hub id or a loaded model of transformers, not {model!r:.80}")
+        raise UserError(
+            f"the model must be a folder, a Hub id or a loaded model of transformers, not {type(model).__name__}"
+        )
     if not isinstance(model, PreTrainedModel):
         chosen["model"] = str(model)
         if out is None and not dry_run:
