@@ -258,6 +258,8 @@ def _achieved(report: dict[str, Any]) -> str:
         zeros = f", of which {totals['zeros']:,} are zero" if totals["zeros"] else ""
         gone = report["structure"]["dropped"]
         layers = f"layers {', '.join(map(str, gone['layers']))} left out, " if gone["layers"] else ""
+        experts = sorted({len(stay) for stay in gone["kept_experts"].values()})
+        layers += f"{'/'.join(map(str, experts))} experts a layer, " if experts else ""
         layers += f"{_widths(report['structure'])}, " if "widths" in report["structure"] else ""
         return f"{layers}{after:,} of {before:,} parameters stay ({after / before:.1%}){zeros}"
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
