@@ -88,7 +88,7 @@ def allocate(plan: Plan, recipe: Recipe, method: Method, allocator: Allocator, d
 
 
 def check_pattern(spec: MatrixSpec, budget: Budget, method: Method, name: str) -> None:
-    """Whether an N:M pattern fits a matrix and the method called `name`; raises UserError naming what it does not fit."""
+    """Whether an N:M pattern fits a matrix and the method called `name`; raises UserError."""
     group = budget.pattern.group
     if not group:
         return

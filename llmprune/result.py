@@ -26,7 +26,7 @@ class Result:
 
     def __repr__(self) -> str:
         place = "in memory" if self.folder is None else f"in {str(self.folder)!r}"
-        return f"<Result {place}: {self.report['totals']}; more in .report, .model and .tokenizer>"
+        return f"<Result {place}: {self.report.get('totals')}; more in .report, .model and .tokenizer>"
 
     @cached_property
     def model(self) -> PreTrainedModel:
