@@ -139,7 +139,8 @@ def cut(
     fresh = length - each
     if len(ids) < fresh:
         raise UserError(
-            f"the text {spec!r} has {len(ids)} tokens, {fresh - len(ids)} too few for one window of {length}"
+            f"the text {spec!r} has {len(ids)} tokens, {fresh - len(ids)} too few for one window of {length}; "
+            "give more text, or a smaller --seqlen"
         )
     calibration.check_vocabulary(f"the text {spec!r}", int(ids.max()), model.get_input_embeddings())
     advance = fresh if stride is None else min(step, fresh)

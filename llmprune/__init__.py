@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from llmprune.workflow import run
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import llmprune` stays cheap: transformers is loaded by the first call.
     if name in _PUBLIC:

@@ -54,7 +54,8 @@ def prune(
     SPEC, or token ids as lists, tensors or dicts with `input_ids` and `attention_mask`. `settings` are
     recipe keys: `method`, `sparsity` (fraction of zeros), `pattern` ("2:4" keeps 2 of 4), `samples`,
     `seqlen`, `batch_size`, `schedule`, `targets`, `ignore`, `seed`, `options` and the rest; for depth and expert
-    methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction).
+    methods `drop_layers` (how many, or a list of which) and `drop_experts` (fraction). `reporter`:
+    `llmprune.progress.Reporter()` shows progress and warnings on stderr; by default the warnings are in the report alone.
 
     Started by `torchrun`, the processes share the work: each must make this call alike.
 
@@ -64,10 +65,14 @@ def prune(
     if isinstance(calibration, str):
         settings["calibration"], calibration = calibration, None
     chosen = {SHORT.get(key, key): value for key, value in settings.items() if value is not None}
+    if not isinstance(model, str | Path | PreTrainedModel):
+        raise UserError(
+            f"the model must be a folder, a Hub id or a loaded model of transformers, not {type(model).__name__}"
+        )
     if not isinstance(model, PreTrainedModel):
         chosen["model"] = str(model)
         if out is None and not dry_run:
-            raise UserError("say where the pruned model goes: out=FOLDER")
+            raise UserError("say where the pruned model goes: --out FOLDER, or out= in Python")
     with ranks.current().together():
         ready = load_recipe(Path(recipe) if recipe else None, chosen)
         return stages.run(

@@ -19,6 +19,12 @@ from llmprune.types import UserError
 
 # C4 is read from its first shards only: the whole of it is 800 GB.
 C4_DOCUMENTS = 20_000
+# The model whose text `demo` is.
+DEMO_MODEL = Path(str(resources.files("llmprune.demo"))) / "model"
+OF_THE_DEMO = (
+    "the text is the demo's: stories for children, which suit hardly any other model; name one of the kind that the "
+    "model is for, such as file:text.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,11 @@ def _read_file(path: Path) -> Iterable[Any]:
             rows = _datasets("parquet files").load_dataset("parquet", data_files=str(path), split="train")
             return rows
         return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#x} at position {error.start}); convert it, "
+            f"for example from Latin-1: iconv -f latin1 -t utf-8 {path}"
+        ) from error
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as {path.suffix or 'text'}: {error}") from error
 
@@ -208,6 +219,8 @@ def given(data: Any) -> Tokens:
     Positions that an attention mask excludes are removed here, once and for all. Raises UserError for
     what is no sequence of token ids.
     """
+    if not isinstance(data, Iterable):
+        raise UserError(f"calibration {data!r} is neither token ids nor a text SPEC in quotes, such as 'file:text.txt'")
     sequences = []
     for number, row in enumerate([data] if isinstance(data, Mapping) else data):
         fields = row if isinstance(row, Mapping) else {"input_ids": row}

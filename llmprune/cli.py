@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from llmprune import interruption, ranks
+from llmprune import __version__, interruption, ranks
 from llmprune.commands import (
     AsJson,
     Device,
@@ -37,7 +38,6 @@ from llmprune.commands.search import search
 from llmprune.types import RunError, UserError
 
 app = typer.Typer(
-    help="Post-training pruning of Hugging Face language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,6 +64,21 @@ app.command()(recover)
 app.command()(report)
 app.command()(run)
 app.command()(search)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"llmprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Post-training pruning of Hugging Face language models."""
 
 
 @app.command()
@@ -172,7 +187,7 @@ def inspect(folder: Model, as_json: AsJson = False) -> None:
 def methods(
     name: Annotated[str | None, typer.Argument(help="Only this one, with its options.")] = None, as_json: AsJson = False
 ) -> None:
-    """List every method: what it needs and what it can do; of NAME the options, too."""
+    """List every method: what it needs and what it can do; of NAME what it does, and its options with their defaults."""
     from llmprune.methods import describe, method_class
 
     rows = describe()
@@ -182,12 +197,18 @@ def methods(
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(Column("name", no_wrap=True), "kind", "needs", "patterns", "output", "paper")
+    name_column, kind = (Column(head, no_wrap=True) for head in ("name", "kind"))
+    table = Table(name_column, kind, Column("needs", max_width=12), "N:M", "paper")
     for row in rows:
-        needs, patterns = ", ".join(row["needs"]) or "no data", ", ".join(row["patterns"])
-        table.add_row(row["name"], row["kind"], needs, patterns, row["output"], row["paper"])
+        needs, patterns = ", ".join(row["needs"]) or "no data", "yes" if "N:M" in row["patterns"] else ""
+        table.add_row(row["name"], row["kind"], needs, patterns, row["paper"])
     Console().print(table)
-    for option, default in rows[0]["options"].items() if name is not None else ():
+    if name is None:
+        print("llmprune methods NAME says what one does, and its options")
+        return
+    print(f"{getdoc(method_class(name))}\n")
+    steps = {key: value for key, value in rows[0]["steps"].items() if value not in (None, 0, "uniform")}
+    for option, default in (rows[0]["options"] | steps).items():
         print(f"--set {option}={json.dumps(default)}")
 
 
@@ -250,6 +271,8 @@ def _achieved(report: dict[str, Any]) -> str:
         zeros = f", of which {totals['zeros']:,} are zero" if totals["zeros"] else ""
         gone = report["structure"]["dropped"]
         layers = f"layers {', '.join(map(str, gone['layers']))} left out, " if gone["layers"] else ""
+        experts = sorted({len(stay) for stay in gone["kept_experts"].values()})
+        layers += f"{'/'.join(map(str, experts))} experts a layer, " if experts else ""
         layers += f"{_widths(report['structure'])}, " if "widths" in report["structure"] else ""
         return f"{layers}{after:,} of {before:,} parameters stay ({after / before:.1%}){zeros}"
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -299,6 +300,8 @@ class Job:
                 length=min(settings.seqlen, calibration.longest(self.config)),
                 seed=self.recipe.seed,
             )
+            if settings.source == "demo" and self.folder != calibration.DEMO_MODEL:
+                tokens = dataclasses.replace(tokens, warnings=(*tokens.warnings, calibration.OF_THE_DEMO))
         largest = max(int(one.max()) for one in tokens.sequences)
         calibration.check_vocabulary("the calibration data", largest, self.model.get_input_embeddings())
         return tokens

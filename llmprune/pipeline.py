@@ -202,7 +202,7 @@ class Pruning:
             outputs, inputs = (spec.inputs, spec.outputs) if transposed else (spec.outputs, spec.inputs)
             spec = dataclasses.replace(spec, transposed=transposed, outputs=outputs, inputs=inputs)
             try:
-                check_pattern(spec, self._plan.budgets[spec.name], self._method)
+                check_pattern(spec, self._plan.budgets[spec.name], self._method, self._recipe.method)
             except UserError as error:
                 raise RunError(str(error)) from error
         if spec.transposed != transposed:

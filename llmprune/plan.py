@@ -86,16 +86,16 @@ def allocate(plan: Plan, recipe: Recipe, method: Method, allocator: Allocator, d
                 )
             plan.budgets.update(dict.fromkeys(hit, budget))
     for spec in specs:
-        check_pattern(spec, plan.budgets[spec.name], method)
+        check_pattern(spec, plan.budgets[spec.name], method, recipe.method)
 
 
-def check_pattern(spec: MatrixSpec, budget: Budget, method: Method) -> None:
-    """Whether an N:M pattern fits a matrix; raises UserError naming it."""
+def check_pattern(spec: MatrixSpec, budget: Budget, method: Method, name: str) -> None:
+    """Whether an N:M pattern fits a matrix and the method called `name`; raises UserError."""
     group = budget.pattern.group
     if not group:
         return
     if "N:M" not in method.patterns:
-        raise UserError(f"this method has no N:M patterns, so {budget.pattern} is not for it; give a sparsity")
+        raise UserError(f"{name!r} has no N:M patterns, so {budget.pattern} is not for it; give a sparsity")
     if spec.transposed is None and not of_text(method.needs):
         raise UserError(
             f"{spec.name}: which axis holds the inputs is only seen when the model runs, and this method does not run "

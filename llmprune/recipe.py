@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from llmprune.types import Budget, Pattern, UserError
+from llmprune.types import Budget, Pattern, UserError, as_fraction
 
 
 def _as_names(value: Any) -> Any:
@@ -185,13 +186,18 @@ class Recipe(Strict):
 
     def check_share(self) -> None:
         """Whether `ratio` or `params` says how much of the width goes; raises UserError."""
-        if (self.ratio is None) == (self.params is None):
+        if self.ratio is not None and self.params is not None:
+            raise UserError("give either ratio or params, not both: each says how much the model should lose")
+        if self.ratio is None and self.params is None:
             raise UserError(
                 f"say how much {self.method!r} should take out: ratio=0.25, a share of the decoder layers' parameters, "
                 "or params=6e9, the number that the whole model should have"
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UserError(f"ratio {self.ratio} must lie between 0 and 1: it is a share of the layers' parameters")
+            raise UserError(
+                f"ratio {self.ratio} must lie between 0 and 1: it is a share of the layers' parameters"
+                f"{as_fraction(self.ratio)}"
+            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -254,7 +260,7 @@ def merge_settings(data: dict[str, Any], settings: dict[str, Any], kind: type[Ba
             node[part] = {} if node.get(part) is None else node[part]
             node = node[part]
             if not isinstance(node, dict):
-                raise UserError(f"recipe key {key!r}: {part!r} has no keys of its own")
+                raise UserError(f"recipe key {key!r}: {part!r} is {node!r}, which has no keys of its own")
         node[key.split(".")[-1]] = value
     return data
 
@@ -270,10 +276,17 @@ def validated(data: dict[str, Any], kind: type[Kind]) -> Kind:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # what follows a key that is no section says which of its types was tried
+        path = list(takewhile(lambda part: part not in ("int", "list[int]"), first["loc"]))
+        where = ".".join(map(str, path))
         if first["type"] == "extra_forbidden":
             known = _keys(kind, first["loc"][:-1])
             raise UserError(f"unknown recipe key {where!r}{nearest(str(first['loc'][-1]), known)}") from error
+        if first["type"] == "model_type":
+            keys = ", ".join(_keys(kind, first["loc"]))
+            raise UserError(
+                f"recipe key {where!r} is a section with the keys {keys} (got {first['input']!r})"
+            ) from error
         raise UserError(f"recipe key {where!r}: {first['msg']} (got {first['input']!r})") from error
 
 
@@ -321,10 +334,10 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A suggestion for a misspelt name: the nearest known one, and all of them."""
+    """A suggestion for a misspelt name: the nearest known one; all of them where they are few, or none is near."""
     close = difflib.get_close_matches(name, known, 1, 0.5)
     meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{meant} (known: {', '.join(sorted(known))})"
+    return meant if close and len(known) > 30 else f"{meant} (known: {', '.join(sorted(known))})"
 
 
 def _keys(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -43,7 +43,7 @@ def in_words(decision: Decision, plan: Plan) -> str:
         parts.append(f"layers {', '.join(map(str, surgery.dropped))} of {len(plan.units)} go")
     if surgery.experts:
         stay = {len(one) for one in surgery.experts.values()}
-        parts.append(f"{', '.join(map(str, stay))} experts stay in each of {len(surgery.experts)} layers")
+        parts.append(f"{', '.join(map(str, sorted(stay)))} experts stay in each of {len(surgery.experts)} layers")
     for half in sorted({half for halves in surgery.silent.values() for half in halves}):
         layers = [str(index) for index, halves in surgery.silent.items() if half in halves]
         parts.append(f"{half} of layers {', '.join(layers)} puts out nothing")

@@ -33,7 +33,7 @@ from llmprune.progress import Reporter
 from llmprune.recipe import WEIGHT_KEYS, Recipe
 from llmprune.removal import dropped, in_words, row
 from llmprune.result import Result
-from llmprune.types import RunError, UserError
+from llmprune.types import RunError, UserError, as_fraction
 from llmprune.weights import REST, Resident, Streamed
 
 ZEROS = (
@@ -69,7 +69,10 @@ class Restructuring(Job):
             )
         share = recipe.drop_experts
         if share is not None and not 0 < share < 1:
-            raise UserError(f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts")
+            raise UserError(
+                f"drop_experts {share} must lie between 0 and 1: it is a fraction of each layer's experts"
+                f"{as_fraction(share)}"
+            )
 
     def _reads_text(self) -> bool:
         return bool(self.method.needs)
@@ -146,7 +149,7 @@ class Restructuring(Job):
         if self.recipe.layout == "remote-code":
             reporter.say(f"layout remote-code: the model may need its own {FILE} and trust_remote_code to load")
         with torch.no_grad(), dispatch.recorded() as self._kernels, self.prepared(weights):
-            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights)
+            trunk = Trunk(self.model, self.plan.units, self.share.batches, weights, reporter.layer)
             decision = self._decide(trunk, weights)
         reporter.say(self._settle(decision))
         if not self.share.batches:
@@ -307,7 +310,7 @@ class Restructuring(Job):
             folder,
             self._expect,
             unused,
-            of="of the old model, its layers skipped and changed in memory",
+            of="of the old model, cut likewise in memory",
             dtype=self.dtype,
             tolerance=self._tolerance(weights),
             trust_remote_code=trust,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,19 @@ from llmprune.checkpoint.skeleton import load_model
 from llmprune.types import UserError
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
-    """A pruned model: its report, and the model itself, loaded from disk when first asked for."""
+    """A pruned model: its report, and the model and its tokenizer, loaded from disk when first asked for."""
 
     report: dict[str, Any]
     folder: Path | None
     trust_remote_code: bool = False
-    _model: PreTrainedModel | None = field(default=None, repr=False)
-    _tokenizer: Any = field(default=None, repr=False)
+    _model: PreTrainedModel | None = None
+    _tokenizer: Any = None
+
+    def __repr__(self) -> str:
+        place = "in memory" if self.folder is None else f"in {str(self.folder)!r}"
+        return f"<Result {place}: {self.report.get('totals')}; more in .report, .model and .tokenizer>"
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -35,7 +39,11 @@ class Result:
     def tokenizer(self) -> Any:
         if self._tokenizer is not None:
             return self._tokenizer
-        trust = self.folder is not None and trusted(self.folder, self.trust_remote_code)
+        if self.folder is None:
+            raise UserError(
+                "a loaded model was pruned without its tokenizer, so there is none: pass tokenizer= to prune"
+            )
+        trust = trusted(self.folder, self.trust_remote_code)
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from llmprune.checkpoint.output import save_tensors
 from llmprune.checkpoint.skeleton import Routing, build_skeleton, load_config, load_model
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.device import choose_device, choose_dtype
@@ -98,7 +98,7 @@ def save_packed(model: PreTrainedModel, folder: str | Path) -> Path:
         tensors[f"{name}.metadata"] = layer.metadata.to("cpu", copy=True)
     path = checkpoint.folder / PACKED
     path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path, metadata={"format": "2:4, version 1", "checkpoint": checkpoint.fingerprint()})
+    save_tensors(tensors, path, {"format": "2:4, version 1", "checkpoint": checkpoint.fingerprint()})
     return path
 
 

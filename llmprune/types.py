@@ -61,6 +61,11 @@ class Pattern:
 UNSTRUCTURED = Pattern()
 
 
+def as_fraction(given: float | None) -> str:
+    """What to write instead of a number that looks like a percentage, as the end of a message."""
+    return f" ({given / 100:g} for {given:g} %)" if given is not None and 1 < given < 100 else ""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much of one matrix to prune: `sparsity` is the fraction of zeros, implied by an N:M `pattern`."""
@@ -74,7 +79,9 @@ class Budget:
         if pattern.structured:
             return cls(1 - pattern.keep / pattern.group, pattern)
         if sparsity is None or not 0 <= sparsity < 1 or math.isnan(sparsity):
-            raise UserError(f"sparsity {sparsity} is outside [0, 1): it is the fraction of weights to set to zero")
+            raise UserError(
+                f"sparsity {sparsity} is outside [0, 1): it is the fraction of weights to set to zero{as_fraction(sparsity)}"
+            )
         return cls(sparsity)
 
     def pruned_of(self, count: int) -> int:

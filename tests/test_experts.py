@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import plain
 import pytest
 import tiny
 import torch
+from runner import cli
 from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
@@ -363,3 +365,16 @@ def test_then_weights(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     weight = decoder_layers(model)[1][0].mlp.experts.down_proj
     assert weight.shape[0] == 2 and float((weight == 0).float().mean()) == 0.5
+
+
+def test_the_end_says_how_many_experts_stay(tmp_path: Path) -> None:
+    config = copy.deepcopy(tiny.TINY["mixtral"])
+    config.vocab_size = 512  # that of the tokenizer
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    for file in (Path(llmprune.__file__).parent / "demo" / "model").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    drop = ("--method", "expert-frequency", "--drop-experts", 0.25, "--samples", 2, "--seqlen", 16)
+    ran = cli("prune", tmp_path / "model", "--out", tmp_path / "out", *drop)
+    assert ran.code == 0, ran.err
+    stay = config.num_local_experts * 3 // 4
+    assert f"out: {stay} experts a layer, " in ran.out

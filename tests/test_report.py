@@ -14,11 +14,12 @@ import pytest
 from runner import cli
 
 import llmprune
-from llmprune import UserError
+from llmprune import UserError, progress
 from llmprune.report import words
 from llmprune.report.page import read_run, run_points, write_figures, write_page
 from llmprune.report.searched import calibrated
 from llmprune.report.tables import summary, table
+from llmprune.types import Outcome
 
 DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -342,3 +343,25 @@ def test_screenshot_is_not_blank(page: Path) -> None:
     # a blank page of this size compresses to a few kilobytes
     assert all(len(one) > 50_000 for one in pixels)
     assert pixels[0] != pixels[1]
+
+
+def test_a_line_says_the_memory_that_the_end_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "current", lambda: (7 << 20, 900 << 20))
+    reporter = progress.Reporter()
+    reporter.start(4, 0)
+    reporter.matrix(Outcome("a.weight", (2, 2), 2, 2, None, "output", None), 0.5)
+    assert "7 MiB" in capsys.readouterr().err
+
+
+def test_a_long_structural_run_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = ("--samples", 2, "--seqlen", 32)
+    quick = cli("prune", DEMO, "--out", tmp_path / "quick", "--ratio", 0.2, *text)
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    slow = cli("prune", DEMO, "--out", tmp_path / "slow", "--ratio", 0.2, *text)
+    assert quick.code == slow.code == 0, slow.err
+    assert "at layer" not in quick.err
+    last = json.loads((DEMO / "config.json").read_text())["num_hidden_layers"] - 1
+    for index in range(last + 1):
+        assert f"at layer {index} of 0 to {last}, " in slow.err

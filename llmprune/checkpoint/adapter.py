@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from llmprune.checkpoint.output import write_json
+from llmprune.checkpoint.output import save_tensors, write_json
 from llmprune.types import MatrixSpec
 
 FOLDER = "adapter"
@@ -40,6 +39,6 @@ def write_adapter(folder: Path, parts: Iterable[tuple[MatrixSpec, torch.Tensor, 
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_tensors(tensors, folder / "adapter_model.safetensors")
     # peft keeps the names as a set, whose order is not always the same
     write_json(folder / "adapter_config.json", {**config.to_dict(), "target_modules": sorted(ranks)})

@@ -172,7 +172,7 @@ class Output:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = (self.partial / LOCK_NAME).open("w")
         except OSError as error:
-            raise RunError(f"cannot create {self.partial}: {error}") from error
+            raise UserError(f"{self.partial} cannot be written to ({error.strerror}); choose another --out") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -243,7 +243,7 @@ class Output:
         path = self.partial / name
         temporary = path.with_suffix(".writing")
         try:
-            save_file({key: one.contiguous() for key, one in tensors.items()}, temporary, metadata={"format": "pt"})
+            save_tensors(tensors, temporary, {"format": "pt"})
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             temporary.rename(path)
@@ -301,6 +301,15 @@ class Output:
             return bool(_digest(self.partial / line["file"]) == line["sha256"])
         except OSError:
             return False
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the rights of any other new file; the library's own are for the owner alone."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({key: one.contiguous() for key, one in tensors.items()}, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def check_file(path: Path) -> None:

@@ -41,14 +41,20 @@ class _Enough(BaseException):
 class Trunk:
     """A model on calibration `batches` (keyword arguments of its forward), layer by layer.
 
-    `runs` counts how often a layer ran on all batches: the cost of a method in units of work.
+    `runs` counts how often a layer ran on all batches: the cost of a method in units of work. `tell` is called with the
+    number of a layer that is loaded, and how many there are.
     """
 
     def __init__(
-        self, model: PreTrainedModel, units: list[Unit], batches: list[dict[str, torch.Tensor]], weights: Loads
+        self,
+        model: PreTrainedModel,
+        units: list[Unit],
+        batches: list[dict[str, torch.Tensor]],
+        weights: Loads,
+        tell: Callable[[int, int], None] | None = None,
     ) -> None:
         self.model, self.units, self.batches = model, units, batches
-        self._weights = weights
+        self._weights, self._tell = weights, tell
         self._calls: list[list[Call]] = []
         # what layers of this class return beside the hidden state: None if that stands alone, else how many things
         self._beside: int | None = None
@@ -65,7 +71,7 @@ class Trunk:
             if sequences > 0:
                 batches.append({key: one[:sequences] for key, one in batch.items()})
                 sequences -= len(batch["input_ids"])
-        return Trunk(self.model, self.units, batches, self._weights)
+        return self._on(batches)
 
     def rows(self) -> Trunk:
         """The same model on the same text, one sequence a batch."""
@@ -74,12 +80,16 @@ class Trunk:
             for batch in self.batches
             for row in range(len(batch["input_ids"]))
         ]
-        return Trunk(self.model, self.units, batches, self._weights)
+        return self._on(batches)
 
     def split(self, size: int) -> list[Trunk]:
         """The same model on `size` batches after another."""
         some = (self.batches[start : start + size] for start in range(0, len(self.batches), size))
-        return [Trunk(self.model, self.units, batches, self._weights) for batches in some]
+        return [self._on(batches) for batches in some]
+
+    def _on(self, batches: list[dict[str, torch.Tensor]]) -> Trunk:
+        """The same model on other batches."""
+        return Trunk(self.model, self.units, batches, self._weights, self._tell)
 
     def enter(self) -> States:
         """What enters the first layer, for every batch."""
@@ -102,6 +112,8 @@ class Trunk:
         """While active, the weights of some layers are usable."""
         for index in layers:
             self._weights.load(self.units[index])
+            if self._tell is not None:
+                self._tell(index, self.depth)
         try:
             yield
         finally:

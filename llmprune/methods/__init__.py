@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from types import MappingProxyType
@@ -107,6 +107,9 @@ PRESETS = {
 }
 
 
+KINDS = ("weight", "width", "depth", "expert")  # as they are listed
+
+
 def epochs_of(recipe: Recipe) -> int:
     """How often a recipe has each layer fitted to its dense output, over all batches."""
     preset = PRESETS.get(recipe.method)
@@ -170,20 +173,22 @@ def method_class(name: str) -> Any:
 
 def make_method(name: str, options: dict[str, Any], *, seed: int = 0) -> Any:
     """The method with its options set; raises UserError for an option that it does not have."""
-    return make_options(method_class(name), options, f"method {name!r}", seed=seed)
+    # what is no option may be a misspelt key of the recipe
+    return make_options(method_class(name), options, f"method {name!r}", seed=seed, keys=Recipe.model_fields)
 
 
-def make_options(cls: Any, options: dict[str, Any], what: str, *, seed: int = 0) -> Any:
+def make_options(cls: Any, options: dict[str, Any], what: str, *, seed: int = 0, keys: Iterable[str] = ()) -> Any:
     """An object of a dataclass whose fields are options, for `what` in words; raises UserError.
 
-    `seed` is what a class that draws at random draws from, unless its options say otherwise.
+    `seed` is what a class that draws at random draws from, unless its options say otherwise. `keys`: what else a name
+    that is no option may have meant.
     """
     known = {field.name: field for field in fields(cls)}
     if "seed" in known:
         options = {"seed": seed, **options}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"{what} has no option {key!r}{nearest(key, list(known))}")
+            raise UserError(f"{what} has no option {key!r}{nearest(key, [*known, *keys])}")
         default = known[key].default
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, _accepted(default)):
             raise UserError(f"option {key}={value!r} of {what} must be a {type(default).__name__}")
@@ -198,7 +203,10 @@ def _accepted(default: Any) -> tuple[type, ...]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row a method or preset: name, kind, needed statistics, patterns, output, paper, options, further steps."""
+    """One row a method or preset, kind by kind.
+
+    Name, kind, needed statistics, patterns, output, paper, options, further steps.
+    """
     rows = []
     for name in (*PRESETS, *METHODS):
         preset = PRESETS.get(name, Preset(name))
@@ -219,4 +227,4 @@ def describe() -> list[dict[str, Any]]:
                 },
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: KINDS.index(row["kind"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmprune.calibration import OF_THE_DEMO
 from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
 from llmprune.recovery import make_kind
@@ -25,6 +26,8 @@ def recover(
     Raises UserError before anything is written, RunError when the run fails; `resume` then goes on with it.
     """
     reporter = reporter or Reporter(quiet=True)
+    if recipe.data.source == "demo":
+        reporter.warn(OF_THE_DEMO)
     with PeakMemory() as memory:
         if recipe.how == "blockwise":
             from llmprune.recovery.blockwise import Blockwise

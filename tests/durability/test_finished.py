@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -145,3 +146,35 @@ def test_the_stored_recipe_gives_the_same_bytes(tmp_path: Path, options: tuple[o
     assert again.code == 0, again.err
     assert product(tmp_path / "two") == product(tmp_path / "one")
     assert report(tmp_path / "two") == report(tmp_path / "one")
+
+
+def test_files_have_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        ran = cli("prune", DEMO, "--out", tmp_path / "out", "--method", "magnitude", "--sparsity", 0.3, *QUICK)
+        assert ran.code == 0, ran.err
+        (tmp_path / "new").touch()
+    finally:
+        os.umask(before)
+    usual = (tmp_path / "new").stat().st_mode
+    assert {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {
+        path.name: usual for path in (tmp_path / "out").iterdir()
+    }
+
+
+def test_the_text_of_the_demo_is_not_taken_in_silence(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("Once upon a time there was a fox. " * 40)
+    text = f"file:{tmp_path / 'text.txt'}"
+    for number, (model, options, warned) in enumerate(
+        [(tmp_path / "model", (), True), (DEMO, (), False), (tmp_path / "model", ("--calibration", text), False)]
+    ):
+        out = tmp_path / str(number)
+        size = ("--method", "wanda", "--sparsity", 0.5, "--samples", 2, "--seqlen", 32)
+        ran = cli("prune", model, "--out", out, *size, *options)
+        assert ran.code == 0, ran.err
+        assert (
+            ("text is the demo's" in ran.err)
+            == warned
+            == any("text is the demo's" in one for one in report(out)["warnings"])
+        )

@@ -11,6 +11,7 @@ import yaml
 from refusals import DEMO, QUICK, edit_config, edit_weights, half_refused, is_refusal, prune_refused, refused
 from runner import cli, process, tree
 
+import llmprune
 from llmprune.methods import describe
 
 # Text.
@@ -229,6 +230,8 @@ def test_methods_by_their_whole_names_and_options() -> None:
     (row,) = (row for row in describe() if row["name"] == "sparsegpt")
     options = {f"--set {key}={json.dumps(value)}" for key, value in row["options"].items()}
     assert ran.code == 0 and options == {line for line in ran.out.splitlines() if line.startswith("--set")} != set()
+    assert "`damping`: fraction of the mean" in ran.out
+    assert "--set retarget=0.75" in cli("methods", "auto").out
     is_refusal(cli("methods", "sparsegtp"), ("did you mean 'sparsegpt'?",))
 
 
@@ -248,3 +251,40 @@ def test_a_process_that_succeeds(work: Path) -> None:
     assert report == json.loads((work / "out" / "llmprune.json").read_text())
     assert "model.layers.4.mlp.down_proj.weight" in ran.err
     assert yaml.safe_load(yaml.safe_dump(report["recipe"]))["sparsity"] == 0.5
+
+
+def test_the_option_is_named_where_the_output_is_missing(work: Path) -> None:
+    refused(work, "prune", work / "model", "--sparsity", 0.5, says=("--out FOLDER",))
+
+
+def test_a_text_that_is_not_utf_8(work: Path) -> None:
+    (work / "text.txt").write_bytes("caf\xe9 ".encode("latin-1") * 999)
+    half_refused(work, "--calibration", f"file:{work / 'text.txt'}", says=("text.txt", "not UTF-8", "iconv"))
+
+
+def test_an_evaluation_text_that_is_too_short_says_what_helps(work: Path) -> None:
+    (work / "text.txt").write_text("Once upon a time")
+    evaluation = ("eval", work / "model", "--perplexity", f"file:{work / 'text.txt'}", "--seqlen", 256)
+    refused(work, *evaluation, says=("give more text, or a smaller --seqlen",))
+
+
+def test_an_output_folder_that_cannot_be_made(work: Path) -> None:
+    # no folder can be made in /proc, whoever asks
+    run = ("prune", work / "model", "--out", "/proc/out", "--method", "magnitude", "--sparsity", 0.5)
+    refused(work, *run, says=("/proc/out", "cannot be written to", "--out"))
+
+
+def test_version() -> None:
+    assert cli("--version").out == f"llmprune {llmprune.__version__}\n"
+
+
+def test_methods_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = cli("methods").out
+    assert "…" not in listed and max(map(len, listed.splitlines())) <= 80
+    for row in describe():
+        assert row["name"] in listed
+        assert row["paper"] in listed or " " in row["paper"]
+    kinds = [line.split("│")[2].strip() for line in listed.splitlines() if line.startswith("│")]
+    kinds = [kind for kind in kinds if kind]
+    assert kinds == sorted(kinds, key=["weight", "width", "depth", "expert"].index)
