@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -15,16 +16,18 @@ from transformers import PreTrainedModel
 
 from llmprune import ranks
 from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
+from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
-from llmprune.methods import method_class, method_of
+from llmprune.methods import hidden_of, method_class, method_of
 from llmprune.narrowing import Narrowing
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import Restructuring
 from llmprune.result import Result
 from llmprune.rotating import Rotating
+from llmprune.two_ways import TwoWays, in_two_ways
 from llmprune.types import UserError
 
 Model: TypeAlias = PreTrainedModel | None
@@ -50,6 +53,13 @@ def run(
     first stage, since the others depend on what it leaves.
     """
     stages = stages_of(recipe)
+    if not stages and hidden_of(recipe) > 0:
+        ways = _in_two_ways(recipe, model)
+        if ways.first is None:
+            reporter.say(f"the hidden state stays as it is: {ways.alone}")
+            recipe = ways.then
+        else:
+            stages = [ways.first, ways.then]
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
     if ranks.current().count > 1:
@@ -75,7 +85,7 @@ def run(
         reporter.say(f"stage {number} of {len(stages)}: {stage.method}")
         if number > 1 and between:
             stage = _reading(stage, between[number - 2])
-        result = _job(stage, model, tokenizer, data, folder, resume, overwrite, False, reporter)
+        result = run(stage, model, tokenizer, data, folder, resume=resume, overwrite=overwrite, reporter=reporter)
         reports.append(result.report)
         if model is not None:  # some stages make a new one
             model = result.model
@@ -89,6 +99,15 @@ def run(
 
 def _reading(stage: Recipe, folder: Path) -> Recipe:
     return stage.model_copy(update={"model": str(folder)})
+
+
+def _in_two_ways(recipe: Recipe, model: Model) -> TwoWays:
+    """How the hidden state and what a width method takes out share the amount, from the configuration alone."""
+    if model is not None:
+        return in_two_ways(recipe, model, copy.deepcopy(model.config))
+    trust = recipe.trust_remote_code
+    config = load_config(str(resolve(recipe.model)), trust_remote_code=trust)
+    return in_two_ways(recipe, build_skeleton(copy.deepcopy(config), torch.float32, trust_remote_code=trust), config)
 
 
 def _check(stages: list[Recipe]) -> None:
@@ -117,7 +136,7 @@ def _joined(recipe: Recipe, reports: list[dict[str, Any]], zeros: int) -> dict[s
             "peak_memory": {key: max(one[key] for one in peaks) for key in peaks[-1]},
             "notes": list(dict.fromkeys(note for one in runs for note in one["notes"])),
         },
-        "stages": reports,
+        "stages": [stage for one in reports for stage in one.get("stages", [one])],
     }
 
 
