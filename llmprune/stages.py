@@ -49,17 +49,19 @@ def run(
 ) -> Result:
     """Do what the recipe says. Raises UserError before anything is written, RunError when the run fails.
 
-    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done; a dry run shows the
+    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done, with a hidden state that
+    goes first as `OUT.hidden1`; a dry run shows the
     first stage, since the others depend on what it leaves.
     """
-    stages = stages_of(recipe)
+    stages, word = stages_of(recipe), "stage"
     if not stages and hidden_of(recipe) > 0:
         ways = _in_two_ways(recipe, model)
         if ways.first is None:
             reporter.say(f"the hidden state stays as it is: {ways.alone}")
             recipe = ways.then
         else:
-            stages = [ways.first, ways.then]
+            # a stage may itself be of two ways, and then goes on from a folder of that name
+            stages, word = [ways.first, ways.then], "hidden"
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
     if ranks.current().count > 1:
@@ -73,7 +75,7 @@ def run(
             reporter.say(f"{out} is already finished")
             return Result(finished, out, recipe.trust_remote_code)
         if model is None:
-            between = [out.with_name(f"{out.name}.stage{number}") for number in range(1, len(stages))]
+            between = [out.with_name(f"{out.name}.{word}{number}") for number in range(1, len(stages))]
         # a run that was killed at its very end has the output of its last stage, but not yet the joined report
         ended = resume and between and _finished(out, _reading(stages[-1], between[-1]))
         # on resuming, only the stage itself can tell whether what lies in its folder is its own

@@ -7,8 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmprune.arch.discover import parameter_count
 from llmprune.methods import PRESETS, Preset, allocation_of, hidden_of
-from llmprune.recipe import Recipe, validate
+from llmprune.recipe import Recipe, Width
 from llmprune.rotation_plan import RotationPlan, in_layers, plan_rotation
 from llmprune.types import UserError
 from llmprune.width_plan import WidthPlan, plan_width
@@ -43,32 +44,33 @@ def in_two_ways(recipe: Recipe, model: PreTrainedModel, config: Any) -> TwoWays:
     and channels go alone. Raises UserError where the user asks for what cannot be.
     """
     recipe.check_share()
-    share, preset = hidden_of(recipe), PRESETS.get(recipe.method, Preset(recipe.method))
+    preset, width = PRESETS.get(recipe.method, Preset(recipe.method)), recipe.width
     named = {"method": preset.method, "options": {**preset.options, **recipe.options}}
-    keys = recipe.model_dump(exclude_unset=True) | named | {"allocation": allocation_of(recipe)}
-    keys["width"] = {**keys.get("width", {}), "hidden": 0.0}
-    then = validate(keys)
-    whole = sum(one.numel() for one in model.parameters())
-    amount = (
-        {"ratio": share * recipe.ratio}
-        if recipe.ratio is not None
-        else {"params": whole - share * (whole - (recipe.params or 0))}
-    )
-    width = {"round_to": recipe.width.round_to, "hidden": 0.0}
-    own = {"method": TURNING, "options": {}, "allocation": None, "layout": "plain", "width": width}
-    first = validate(recipe.model_dump(exclude_unset=True) | own | amount)
+    alone = {"allocation": allocation_of(recipe), "width": width.model_copy(update={"hidden": 0.0})}
+    then = recipe.model_copy(update=named | alone)
+    turning = {"method": TURNING, "options": {}, "allocation": None, "layout": "plain"}
+    amount = _share(hidden_of(recipe), recipe, model)
+    first = recipe.model_copy(update=turning | {"width": Width(round_to=width.round_to)} | amount)
     try:
         rotation = plan_rotation(model, config, first)
     except UserError as error:
-        if recipe.width.hidden is not None:
+        if width.hidden is not None:
             raise
         return TwoWays(then, alone=str(error))
     new = rotation.empty()
     if recipe.ratio is None:
-        left, wanted = sum(one.numel() for one in new.parameters()), recipe.params or 0
+        left, wanted = parameter_count(new), recipe.params or 0
     else:
         left, wanted = in_layers(new, rotation.stream), (1 - recipe.ratio) * in_layers(model, rotation.stream)
-        then = then.model_copy(update={"ratio": 1 - wanted / left})
     if left <= wanted:
-        return TwoWays(validate(keys), alone=f"{recipe.width.round_to} dimensions less are more than what should go")
-    return TwoWays(then, first, rotation)
+        return TwoWays(then, alone=f"{width.round_to} of its dimensions are more than all that should go")
+    rest = {} if recipe.ratio is None else {"ratio": 1 - wanted / left}
+    return TwoWays(then.model_copy(update=rest), first, rotation)
+
+
+def _share(share: float, recipe: Recipe, model: PreTrainedModel) -> dict[str, float]:
+    """The recipe key of a share of what is asked."""
+    if recipe.ratio is not None:
+        return {"ratio": share * recipe.ratio}
+    whole = parameter_count(model)
+    return {"params": whole - share * (whole - (recipe.params or 0))}
