@@ -71,6 +71,22 @@ def test_as_a_stage_among_others(tmp_path: Path) -> None:
     assert again.report == report
 
 
+def test_a_stopped_run_goes_on_from_the_turned_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.save("qwen3", tmp_path / "dense")
+    settings: dict[str, Any] = {"ratio": 0.2, "width": {"round_to": 2}, "calibration": TEXT}
+    llmprune.prune(source, out=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmprune.methods.width.obs.GroupOBS.decide", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llmprune.prune(source, out=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.hidden1" / "config.json").exists()
+    with pytest.raises(UserError, match="out.hidden1"):
+        llmprune.prune(source, out=tmp_path / "out", **settings)
+    llmprune.prune(source, out=tmp_path / "out", resume=True, **settings)
+    assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
+    assert {one.name for one in tmp_path.iterdir()} == {"dense", "out", "whole"}
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
