@@ -49,9 +49,8 @@ def run(
 ) -> Result:
     """Do what the recipe says. Raises UserError before anything is written, RunError when the run fails.
 
-    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done, with a hidden state that
-    goes first as `OUT.hidden1`; a dry run shows the
-    first stage, since the others depend on what it leaves.
+    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done (`OUT.hidden1` where the
+    hidden state is cut first); a dry run shows the first stage, since the others depend on what it leaves.
     """
     stages, word = stages_of(recipe), "stage"
     if not stages and hidden_of(recipe) > 0:

@@ -48,7 +48,7 @@ def in_two_ways(recipe: Recipe, model: PreTrainedModel, config: Any) -> TwoWays:
     named = {"method": preset.method, "options": {**preset.options, **recipe.options}}
     alone = {"allocation": allocation_of(recipe), "width": width.model_copy(update={"hidden": 0.0})}
     then = recipe.model_copy(update=named | alone)
-    turning = {"method": TURNING, "options": {}, "allocation": None, "layout": "plain"}
+    turning: dict[str, Any] = {"method": TURNING, "options": {}, "allocation": None, "layout": "plain"}
     amount = _share(hidden_of(recipe), recipe, model)
     first = recipe.model_copy(update=turning | {"width": Width(round_to=width.round_to)} | amount)
     try:

@@ -37,7 +37,7 @@ def test_it_is_slicegpt_and_then_group_obs(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"width": width, "calibration": TEXT}
     first = llmprune.prune(source, out=tmp_path / "one", method="slicegpt", ratio=0.1, **settings)
     rest = 1 - 0.8 * in_layers(tiny.build("qwen3")) / in_layers(first.model)
-    second = {"method": "group-obs", "allocation": "balanced", "ratio": rest}
+    second: dict[str, Any] = {"method": "group-obs", "allocation": "balanced", "ratio": rest}
     llmprune.prune(tmp_path / "one", out=tmp_path / "two", **second, **settings)
     assert runner.product(tmp_path / "out") == runner.product(tmp_path / "two")
     # in memory
@@ -59,7 +59,7 @@ def test_a_number_of_parameters_and_any_method_for_the_rest(tmp_path: Path) -> N
 
 
 def test_as_a_stage_among_others(tmp_path: Path) -> None:
-    stages = [{"drop_layers": [0]}, {"ratio": 0.2, "width": {"round_to": 2}}]
+    stages: list[dict[str, Any]] = [{"drop_layers": [0]}, {"ratio": 0.2, "width": {"round_to": 2}}]
     source = tiny.save("qwen3", tmp_path / "dense")
     report = llmprune.prune(source, out=tmp_path / "out", stages=stages, calibration=TEXT).report
     assert [one["recipe"]["method"] for one in report["stages"]] == ["keep-first", "slicegpt", "group-obs"]
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_from_the_turned_model(tmp_path: Path, monkeypatch
 def test_where_the_hidden_state_stays_it_is_group_obs(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     source = tiny.save(name, tmp_path / "dense")
     llmprune.prune(source, out=tmp_path / "out", calibration=TEXT, **settings)
-    method = {"method": "group-obs", "allocation": "balanced"}
+    method: dict[str, Any] = {"method": "group-obs", "allocation": "balanced"}
     llmprune.prune(source, out=tmp_path / "plain", calibration=TEXT, **method, **settings)
     assert runner.product(tmp_path / "out") == runner.product(tmp_path / "plain")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
@@ -117,6 +117,6 @@ def test_check_says_what_comes_out(tmp_path: Path) -> None:
     rows = json.loads(runner.cli("check", source, "--ratio", "0.4", "--json").out)["methods"]
     row = next(one for one in rows if one["name"] == "slice-obs")
     assert row["what"].startswith("24 of 32 dimensions of the hidden state, ") and row["output"] == "plain (qwen3)"
-    settings = {"allocation": "uniform", "ratio": 0.4, "calibration": TEXT}
+    settings: dict[str, Any] = {"allocation": "uniform", "ratio": 0.4, "calibration": TEXT}
     report = llmprune.prune(source, out=tmp_path / "out", **settings).report
     assert report["totals"]["params_after"] == row["params_after"]

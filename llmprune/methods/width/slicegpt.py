@@ -25,8 +25,9 @@ class SliceGPT:
     has been sliced so far; two shortcut matrices a layer lead from one to the next; the last MLP writes in the old
     basis, so final norm and head stay. Plain: one basis for the whole model, from the dense model; each token counts
     alike, as its norm would see it, at all places. A head that is tied to the embeddings stays so: its rows are one place
-    more, and the last norm keeps of its gain what `checkpoint.rotation.aligned` says. Deviations: no random mixing of the axes at the end (it changes no
-    output), no damping (it changes no axis), and the mean is left alone where the norms do not subtract it.
+    more, and the last norm keeps of its gain what `checkpoint.rotation.aligned` says. Deviations: no random mixing of
+    the axes at the end (it changes no output), no damping (it changes no axis), and the mean is left alone where the
+    norms do not subtract it.
     """
 
     kind: ClassVar[str] = "width"
