@@ -13,8 +13,13 @@ class Interrupted(BaseException):
     """Ctrl-C or SIGTERM. Not KeyboardInterrupt: typer would end the program on that, with no word on resuming."""
 
 
+_interrupted = False
+
+
 def listen() -> None:
     """From now on, raise `Interrupted` in this process where SIGTERM, or an interrupt of the user, reaches it."""
+    global _interrupted
+    _interrupted = False
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGALRM, _interrupt)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -22,7 +27,18 @@ def listen() -> None:
     sys.unraisablehook = _unraisable
 
 
+def check() -> None:
+    """Raise `Interrupted` if it was raised before, and something swallowed it.
+
+    To be called before a result is entered as good: what was computed meanwhile may lack what the exception cut short.
+    """
+    if _interrupted:
+        raise Interrupted
+
+
 def _interrupt(number: int, frame: object) -> NoReturn:
+    global _interrupted
+    _interrupted = True
     raise Interrupted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -240,6 +241,24 @@ def test_interrupted_where_python_drops_exceptions(whole: Path, tmp_path: Path) 
     ).wait()
     failed(ran)
     assert "interrupted" in ran.err
+    resumes(tmp_path / "out", whole)
+
+
+def test_an_interrupt_that_something_swallows_ends_the_run(whole: Path, tmp_path: Path) -> None:
+    def verify(*_: object, **__: object) -> str:
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        return "verified"
+
+    ran = Forked(
+        *run(tmp_path / "out"),
+        log=tmp_path / "log",
+        before=lambda: setattr(sys.modules["llmprune.job"], "verify", verify),
+    ).wait()
+    failed(ran)
+    assert "interrupted" in ran.err
+    is_no_model(tmp_path / "out.partial")
     resumes(tmp_path / "out", whole)
 
 

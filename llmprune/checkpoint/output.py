@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from llmprune import interruption
 from llmprune.checkpoint.source import INDEX_NAME, SINGLE_NAME, Checkpoint
 from llmprune.types import RunError, UserError
 
@@ -109,6 +110,7 @@ class Output:
 
         `place`: the number of this file, from 1, and how many there will be.
         """
+        interruption.check()
         line = self._line(unit, place, tensors, record)
         if tensors:
             self._save(line["file"], tensors)
@@ -147,6 +149,7 @@ class Output:
             self._join_or_index()
             add_files(self.partial)
             report = {"fingerprint": self.fingerprint, **describe(self.partial)}
+            interruption.check()
             write_json(self.partial / REPORT_NAME, report)
         except BaseException as error:
             # without its config nothing takes the folder for a model

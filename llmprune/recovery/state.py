@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llmprune import interruption
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -38,6 +40,7 @@ def write_state(
     accelerator: Accelerator,
 ) -> None:
     """Store weights, moments and `state`, over what was stored before."""
+    interruption.check()
     tensors = _weights(trained, model)
     for name, one in trained.items():
         for key, value in optimizer.state.get(one, {}).items():

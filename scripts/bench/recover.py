@@ -9,9 +9,11 @@ several sittings of --cells figures each; --again measures anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,16 @@ def main() -> None:
         if arguments.kinds is None or kind in arguments.kinds
         if kind not in results.get(name, {}).get(amount, {}).get("kinds", {})
     ]
-    for number, (name, amount, kind) in enumerate(cells[: arguments.cells]):
-        measure(results, name, amount, kind, arguments.steps)
-        save(results)
-        print(f"{name}, {amount}, {kind}: {len(cells) - number - 1} figures left", flush=True)
+    left = len(cells)
+    for (name, amount), group in itertools.groupby(cells[: arguments.cells], key=lambda cell: cell[:2]):
+        for kind in measured(results, name, amount, [kind for *_, kind in group], arguments.steps):
+            left -= 1
+            save(results)
+            print(f"{name}, {amount}, {kind}: {left} figures left", flush=True)
 
 
-def measure(results: dict[str, Any], name: str, amount: str, kind: str, steps: int) -> None:
-    """Enter what is missing for one cell: the dense model, the pruned one, its reference, and the recovery."""
+def measured(results: dict[str, Any], name: str, amount: str, kinds: list[str], steps: int) -> Iterator[str]:
+    """Enter what is missing of the dense model, the pruned one and its reference; then each kind, which is yielded."""
     model, text = record.SHARED / "models" / name, text_of(name)
     found = results.setdefault(name, {})
     if "dense" not in found:
@@ -85,9 +89,11 @@ def measure(results: dict[str, Any], name: str, amount: str, kind: str, steps: i
         if amount in REFERENCES and "reference" not in cell:
             prune(model, text, Path(folder) / "reference", **{**AMOUNTS[amount], "method": REFERENCES[amount]})
             cell["reference"] = perplexity(Path(folder) / "reference", text.evaluation)
-        source, out = model if kind in LEARNED else pruned, Path(folder) / "out"
-        figures = recovered(source, out, text, kind, steps, AMOUNTS[amount])
-        cell["kinds"][kind] = {**figures, "blimp": blimp(out, MODELS[name])}
+        for kind in kinds:
+            source, out = model if kind in LEARNED else pruned, Path(folder) / kind
+            figures = recovered(source, out, text, kind, steps, AMOUNTS[amount])
+            cell["kinds"][kind] = {**figures, "blimp": blimp(out, MODELS[name])}
+            yield kind
 
 
 def prune(model: Path, text: Text, out: Path, **amount: Any) -> None:
