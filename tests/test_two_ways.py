@@ -80,7 +80,7 @@ def test_a_stopped_run_goes_on_from_the_turned_model(tmp_path: Path, monkeypatch
         with pytest.raises(ZeroDivisionError):
             llmprune.prune(source, out=tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists() and (tmp_path / "out.hidden1" / "config.json").exists()
-    with pytest.raises(UserError, match="out.hidden1"):
+    with pytest.raises(UserError, match=r"out\.hidden1"):
         llmprune.prune(source, out=tmp_path / "out", **settings)
     llmprune.prune(source, out=tmp_path / "out", resume=True, **settings)
     assert runner.product(tmp_path / "out") == runner.product(tmp_path / "whole")
