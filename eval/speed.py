@@ -47,44 +47,24 @@ def bench(
     and is not counted. Figures are medians in seconds with the quartiles. `sparse`: all but the model called "dense"
     run their N:M layers on the sparse kernels; which ones those were is in `kernels`. Raises UserError.
     """
-    limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
-    for name, (value, least) in limits.items():
-        if value < least:
-            raise UserError(f"{name} {value} must be at least {least}")
-    for which in models.values():
-        room = longest(load_config(str(resolve(str(which))), trust_remote_code=trust_remote_code))
-        if prompt + new > room:
-            raise UserError(f"prompt {prompt} + new {new} is more than the {room} tokens of {which}")
-    times: dict[str, dict[str, list[float]]] = {label: {"load": [], "prefill": [], "decode": []} for label in models}
+    _check(models, prompt, new, batch_size, rounds, trust_remote_code)
     how: Any = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    opened: dict[str, PreTrainedModel] = {}
-    for number in range(LOADS + 1):
-        for label, which in models.items():
-            # never twice in memory
-            opened.pop(label, None)
-            gc.collect()
-            opened[label], seconds = _load(which, sparse=sparse and label != "dense", **how)
-            if number > 0:
-                times[label]["load"].append(seconds)
-    rows: dict[str, dict[str, Any]] = {
-        label: {"model": str(which), **_size(str(which), opened[label])} for label, which in models.items()
-    }
+    opened, loads = _open_in_turns(models, sparse, how)
     smallest = min(one.get_input_embeddings().weight.shape[0] for one in opened.values())
     ids_BT = torch.randint(smallest, (batch_size, prompt), generator=torch.Generator().manual_seed(seed))
-    for number in range(rounds + 1):
+    rows = {
+        label: {"model": str(models[label]), **_size(str(models[label]), model), **_warm_up(model, ids_BT, new)}
+        for label, model in opened.items()
+    }
+    times: dict[str, dict[str, list[float]]] = {label: {"prefill": [], "decode": []} for label in models}
+    for _ in range(rounds):
         for label, model in opened.items():
             place = ids_BT.to(model.device)
-            if number == 0:
-                with dispatch.recorded() as ran:
-                    rows[label]["prefill_flops"] = _flops(model, place)
-                    rows[label]["memory"] = _peak(model, place, new)
-                rows[label]["kernels"] = ran
-                continue
             first, whole = _clock(model, place, 1), _clock(model, place, new)
             times[label]["prefill"].append(first)
             times[label]["decode"].append((whole - first) / (new - 1))
     for label, row in rows.items():
-        row["load"] = _spread(times[label]["load"])
+        row["load"] = _spread(loads[label])
         for what, tokens in (("prefill", batch_size * prompt), ("decode", batch_size)):
             spread = _spread(times[label][what])
             row[what] = {**spread, "tokens_per_s": tokens / spread["median_s"]}
@@ -98,6 +78,45 @@ def bench(
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         },
     }  # fmt: skip
+
+
+def _check(
+    models: Mapping[str, str | Path], prompt: int, new: int, batch_size: int, rounds: int, trust_remote_code: bool
+) -> None:
+    """Whether the numbers are large enough, and small enough for every model; raises UserError."""
+    limits = {"prompt": (prompt, 1), "new": (new, 2), "batch_size": (batch_size, 1), "rounds": (rounds, 2)}
+    for name, (value, least) in limits.items():
+        if value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+    for which in models.values():
+        room = longest(load_config(str(resolve(str(which))), trust_remote_code=trust_remote_code))
+        if prompt + new > room:
+            raise UserError(f"prompt {prompt} + new {new} is more than the {room} tokens of {which}")
+
+
+def _open_in_turns(
+    models: Mapping[str, str | Path], sparse: bool, how: dict[str, Any]
+) -> tuple[dict[str, PreTrainedModel], dict[str, list[float]]]:
+    """Each model as it was loaded last, and the seconds of its counted loads."""
+    seconds: dict[str, list[float]] = {label: [] for label in models}
+    opened: dict[str, PreTrainedModel] = {}
+    for number in range(LOADS + 1):
+        for label, which in models.items():
+            # never twice in memory
+            opened.pop(label, None)
+            gc.collect()
+            opened[label], took = _load(which, sparse=sparse and label != "dense", **how)
+            if number > 0:
+                seconds[label].append(took)
+    return opened, seconds
+
+
+def _warm_up(model: PreTrainedModel, ids_BT: torch.Tensor, new: int) -> dict[str, Any]:
+    """The round that is not timed: operations and memory that it takes, and the kernels that run."""
+    place = ids_BT.to(model.device)
+    with dispatch.recorded() as ran:
+        found = {"prefill_flops": _flops(model, place), "memory": _peak(model, place, new)}
+    return {**found, "kernels": ran}
 
 
 class _Unused:

@@ -12,7 +12,20 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from llmprune import interruption, ranks
-from llmprune.commands import AsJson, Model, Quiet, Settings, Trust, read_settings
+from llmprune.commands import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Overwrite,
+    Quiet,
+    RecipeFile,
+    Resume,
+    Seed,
+    Settings,
+    Trust,
+    read_settings,
+)
 from llmprune.commands.bench import bench
 from llmprune.commands.check import check
 from llmprune.commands.evaluate import evaluate
@@ -82,13 +95,13 @@ def prune(
     targets: Annotated[str | None, typer.Option(help="Matrices: names, globs, re:REGEX; comma list.")] = None,
     ignore: Annotated[str | None, typer.Option(help="Matrices to leave alone; same form.")] = None,
     settings: Settings = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file; options win over it.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes: float32, bfloat16, float16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    recipe: RecipeFile = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
     trust_remote_code: Trust = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -119,7 +132,7 @@ def prune(
         "seed": seed,
         "trust_remote_code": trust_remote_code or None,
     }
-    given.update(read_settings(settings or [], NO_SETTINGS))
+    given |= read_settings(settings, NO_SETTINGS)
     model = model or _model_of(recipe)
     reporter = Reporter(quiet=quiet or not ranks.leads())
     result = api.prune(

@@ -15,7 +15,7 @@ from llmprune.arch.discover import Unit
 from llmprune.checkpoint.output import JOIN_BYTES
 from llmprune.engine import schedule
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.linalg import output_energy
 from llmprune.memory import Meter, give_back, within_reach
 from llmprune.plan import Plan
@@ -104,7 +104,7 @@ class Probe:
         raise AssertionError("a probe has no dense stream")
 
     def wanted(self, unit: Unit) -> set[str]:
-        chosen = {spec.name for spec in unit.matrices if spec.name in self._plan.budgets}
+        chosen = {spec.name for spec in self._plan.chosen(unit)}
         return chosen if unit is self.unit and not self.found.solve_s else set()
 
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
@@ -119,7 +119,7 @@ class Probe:
                 self.found.sums_s += self._seconds()
             self._solve(unit, {spec.name: (stats[spec.name], transposed[spec.name]) for spec in self._in(unit, stats)})
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a probe fits nothing")
 
     def finish(self, unit: Unit) -> None:
@@ -144,7 +144,7 @@ class Probe:
         """Solve the most expensive matrix, and scale its time up to the layer's."""
         if not seen and of_text(self._method.needs):
             return  # the batch went to other experts than those that are pruned
-        specs = [spec for spec in unit.matrices if spec.name in self._plan.budgets and (spec.name in seen or not seen)]
+        specs = [spec for spec in self._plan.chosen(unit) if spec.name in seen or not seen]
         costs = {spec: _cost(spec, seen[spec.name][0].width if seen else 1) for spec in specs}
         spec = max(costs, key=lambda one: costs[one])
         stats, transposed = seen.get(spec.name, (None, bool(spec.transposed)))
@@ -235,7 +235,7 @@ class Situation:
 
 
 def _chosen(plan: Plan, unit: Unit) -> int:
-    return sum(spec.count for spec in unit.matrices if spec.name in plan.budgets)
+    return sum(spec.count for spec in plan.chosen(unit))
 
 
 def _cost(spec: MatrixSpec, width: int) -> float:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.checkpoint.source import Checkpoint
 from llmprune.report import words
 from llmprune.report.card import CARD, model_card
@@ -64,21 +65,11 @@ def push(
     notes: list[str] = []
     with _failures_understood(repo_id):
         api = HfApi(token=_checked(token))
-        base = base_model or _base_model(report)
-
-        def read(repo: str, revision: str | None, remedy: str) -> str | None:
-            try:
-                return remote_card(api, repo, revision)
-            except RunError as error:
-                if not dry_run:
-                    raise RunError(f"{error}; {remedy}") from error
-                notes.append(str(error))
-                return None
-
-        existing = _text(path / CARD) or read(repo_id, revision, "repeat the command")
-        dense = _card_of_folder(report)
+        lacks = notes if dry_run else None
+        existing = _text(path / CARD) or _read_card(api, repo_id, revision, lacks, "repeat the command")
+        base, dense = base_model or _base_model(report), _card_of_folder(report)
         if dense is None and base is not None and license is None:
-            dense = read(base, None, "repeat the command, or give the licence")
+            dense = _read_card(api, base, None, lacks, "repeat the command, or give the licence")
         card = model_card(path, report, repo_id, existing=existing, dense=dense, base=base, license=license)
         written = {CARD: str(card).encode()}
         if not (path / PAGE).is_file():
@@ -129,7 +120,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
     if folder.name.endswith(".partial") or (folder / "journal.jsonl").exists():
         raise UserError(f"{folder} holds an unfinished run; finish it with --resume before it is pushed")
     try:
-        report: dict[str, Any] = json.loads((folder / "llmprune.json").read_text())
+        report: dict[str, Any] = json.loads((folder / REPORT_NAME).read_text())
         complete = all(key in report for key in ("recipe", "totals", "tensors", "versions", "run"))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
@@ -161,6 +152,17 @@ def remote_card(api: HfApi, repo_id: str, revision: str | None = None) -> str | 
             raise RunError(f"the model card of {repo_id} cannot be read ({reason})") from error
         except (RemoteEntryNotFoundError, RepositoryNotFoundError):
             return None
+
+
+def _read_card(api: HfApi, repo_id: str, revision: str | None, notes: list[str] | None, remedy: str) -> str | None:
+    """The card of a repository; a failure of the Hub goes into `notes`, and is raised with its remedy if there are none."""
+    try:
+        return remote_card(api, repo_id, revision)
+    except RunError as error:
+        if notes is None:
+            raise RunError(f"{error}; {remedy}") from error
+        notes.append(str(error))
+        return None
 
 
 def _page(repo_id: str, report: dict[str, Any], notes: list[str]) -> str:

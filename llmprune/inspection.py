@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ def inspect(model: str) -> dict[str, Any]:
     """Zeros and pattern of every matrix of a model folder, and totals. Raises UserError."""
     checkpoint = Checkpoint(resolve(model))
     rows, params, zeros, size = [], 0, 0, 0
-    for name, entry in checkpoint.entries.items():
-        tensor = checkpoint.tensor(name)
+    for name, tensor in checkpoint.tensors():
+        entry = checkpoint.entries[name]
         found = int((tensor == 0).sum())
         params, zeros, size = params + tensor.numel(), zeros + found, size + entry.bytes
         if tensor.dim() >= 2:
@@ -30,8 +32,12 @@ def inspect(model: str) -> dict[str, Any]:
                     "pattern": pattern_of(tensor),
                 }
             )
-        checkpoint.close()
     return {"model": model, "tensors": rows, "totals": {"params": params, "zeros": zeros, "bytes": size}}
+
+
+def zeros_of_layers(tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """How many weights are zero in the matrices of the layers, which are those with a number in their name."""
+    return sum(int((one == 0).sum()) for name, one in tensors if one.dim() > 1 and re.search(r"\.\d+\.", name))
 
 
 def pattern_of(tensor: torch.Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from llmprune.allocation import Dense, Measured, allocator, entry
 from llmprune.arch.discover import parameter_count
 from llmprune.calibration import Tokens
 from llmprune.checkpoint.adapter import FOLDER, write_adapter
+from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.checkpoint.remote import add_code, trusted
 from llmprune.checkpoint.shared_output import SharedOutput
 from llmprune.checkpoint.skeleton import build_skeleton, check_config, load_config, run_experts_one_by_one
@@ -167,7 +167,7 @@ class Job:
             "device": self.device.type,
             "kernels": dispatch.fingerprint(self.device),
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return record.key_of(decides)
 
     @within_memory()
     def run(self, reporter: Reporter, memory: PeakMemory, started: float, *, resume: bool) -> Result:
@@ -324,7 +324,7 @@ class Job:
 
     def _stored_report(self) -> dict[str, Any]:
         assert self.output is not None
-        report: dict[str, Any] = json.loads((self.output.folder / "llmprune.json").read_text())
+        report: dict[str, Any] = json.loads((self.output.folder / REPORT_NAME).read_text())
         return report
 
     def _verify(self, folder: Path, weights: Streamed | Resident) -> str:

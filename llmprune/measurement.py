@@ -18,7 +18,7 @@ from llmprune.engine import schedule
 from llmprune.engine.divergence import Variant, divergences
 from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
 from llmprune.scores import Score
@@ -45,9 +45,7 @@ class Measurement:
         self.kinds, self.all_experts = kinds, all_experts
         self._units, self._weights, self._look = plan.units, weights, look
         self._numbers = {unit.name: number for number, unit in enumerate(plan.chosen_units())}
-        self._wanted = {
-            unit.name: {spec.name for spec in unit.matrices if spec.name in plan.budgets} for unit in plan.units
-        }
+        self._wanted = {unit.name: {spec.name for spec in plan.chosen(unit)} for unit in plan.units}
         self._left = {unit.name for unit in plan.chosen_units()}
 
     def run_on(self, model: nn.Module, share: Share) -> None:
@@ -72,7 +70,7 @@ class Measurement:
         with torch._C.DisableTorchFunction():
             self._look(self._numbers[unit.name], matrices)
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         raise AssertionError("a measurement fits nothing")
 
     def finish(self, unit: Unit) -> None:
@@ -151,7 +149,6 @@ def each_matrix(plan: Plan, weights: Weights) -> Iterable[tuple[MatrixSpec, torc
     """Every chosen matrix with its weights, one unit in memory at a time."""
     for unit in plan.units:
         weights.load(unit)
-        for spec in unit.matrices:
-            if spec.name in plan.budgets:
-                yield spec, read_matrix(weights, unit, spec)
+        for spec in plan.chosen(unit):
+            yield spec, read_matrix(weights, unit, spec)
         weights.free(unit)

@@ -13,9 +13,9 @@ from llmprune.arch.discover import Unit
 from llmprune.engine import schedule
 from llmprune.engine.gradient_store import Gradients, with_gradients
 from llmprune.engine.layer import Layer, Solved
-from llmprune.engine.reconstruct import refit
+from llmprune.engine.reconstruct import reconstruct
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call, first_tensor
+from llmprune.engine.suspend import Calls, first_tensor
 from llmprune.linalg import output_energy
 from llmprune.memory import give_back
 from llmprune.methods.weight.magnitude import Magnitude
@@ -68,9 +68,7 @@ class Pruning:
         self._plan, self._recipe, self._method = plan, recipe, method
         self._weights, self._reporter, self._share = weights, reporter, share
         self._finished = weights.done() & {unit.name for unit in plan.units}
-        self._wanted = {
-            unit.name: {spec.name for spec in unit.matrices if spec.name in plan.budgets} for unit in plan.units
-        }
+        self._wanted = {unit.name: {spec.name for spec in plan.chosen(unit)} for unit in plan.units}
         for name in self._finished:
             self._wanted[name] = set()
         self._loaded: set[str] = set()
@@ -121,7 +119,7 @@ class Pruning:
                     self._prune(unit, together, one)
             self._exchange(unit, specs)
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         """Go over the solved matrices of `unit`, as the method and `reconstruct` ask, as they will be stored."""
         if not self._outcomes:
             return False
@@ -150,13 +148,13 @@ class Pruning:
             planned = int(edit.pruned_OI.sum())
             self._outcomes[rows[name]] = self._store(unit, solved.spec, solved.dense_OI, edit, planned, solved.stats)
 
-    def _fit_weights(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> None:
+    def _fit_weights(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> None:
         """Fit the kept weights to the dense outputs by gradient."""
         names = {row.name.partition("[")[0].removeprefix(unit.prefix): None for row in self._outcomes}
         places = {name: self._weights.places(unit, unit.prefix + name) for name in names}
         kept = {name: ones[-1].to(ones[0].device) != 0 for name, ones in places.items()}
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in names}
-        before, after = refit(
+        before, after = reconstruct(
             unit.module,
             places,
             kept,

@@ -26,13 +26,17 @@ class Plan:
     def specs(self) -> list[MatrixSpec]:
         return [spec for layer in self.layers() for spec in layer]
 
+    def chosen(self, unit: Unit) -> list[MatrixSpec]:
+        """The chosen matrices of a unit."""
+        return [spec for spec in unit.matrices if spec.name in self.budgets]
+
     def chosen_units(self) -> list[Unit]:
         """The units that hold a chosen matrix."""
-        return [unit for unit in self.units if any(spec.name in self.budgets for spec in unit.matrices)]
+        return [unit for unit in self.units if self.chosen(unit)]
 
     def layers(self) -> list[list[MatrixSpec]]:
         """The chosen matrices of each of them."""
-        return [[spec for spec in unit.matrices if spec.name in self.budgets] for unit in self.chosen_units()]
+        return [self.chosen(unit) for unit in self.chosen_units()]
 
 
 def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
@@ -54,7 +58,6 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
     for pattern in recipe.ignore:
         if not any(matches(pattern, name) for name in (*parameters, *matrices)):
             raise UserError(f"ignore {pattern!r} matches no matrix of the model; they are called {_examples(plan)}")
-    chosen = 0
     for unit in plan.units:
         plan.left_alone.update(unit.left_alone)
         for spec in unit.matrices:
@@ -64,8 +67,7 @@ def select_matrices(model: PreTrainedModel, recipe: Recipe) -> Plan:
                 plan.left_alone[spec.name] = "ignored"
             else:
                 plan.budgets[spec.name] = Budget(0.0)
-                chosen += 1
-    if not chosen:
+    if not plan.budgets:
         raise UserError("targets and ignore leave nothing to prune")
     return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,11 @@ def cost(memory: PeakMemory, started: float, processes: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }
+
+
+def key_of(decides: Any) -> str:
+    """A hash of all that decides something, as JSON: what is done is known again by it."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-import re
 import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from llmprune import ranks
-from llmprune.checkpoint.output import REPORT_NAME, Output, write_json
+from llmprune.checkpoint.output import REPORT_NAME, Output, read_report, write_json
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import Checkpoint, resolve
+from llmprune.inspection import zeros_of_layers
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
 from llmprune.methods import hidden_of, method_class, method_of
@@ -90,7 +88,12 @@ def run(
         reports.append(result.report)
         if model is not None:  # some stages make a new one
             model = result.model
-    report = _joined(recipe, reports, zeros_in(out, model))
+    if model is None:
+        assert out is not None
+        zeros = zeros_of_layers(Checkpoint(out).tensors())
+    else:
+        zeros = zeros_of_layers(model.named_parameters())
+    report = _joined(recipe, reports, zeros)
     if out is not None:
         write_json(out / REPORT_NAME, report)
     for one in between:
@@ -141,17 +144,6 @@ def _joined(recipe: Recipe, reports: list[dict[str, Any]], zeros: int) -> dict[s
     }
 
 
-def zeros_in(folder: Path | None, model: Model) -> int:
-    """How many weights are zero in the matrices of the layers, which are those with a number in their name."""
-    if folder is None:
-        assert model is not None
-        named: Iterable[tuple[str, torch.Tensor]] = model.named_parameters()
-    else:
-        checkpoint = Checkpoint(folder)
-        named = ((name, checkpoint.tensor(name)) for name in checkpoint.entries)
-    return sum(int((one == 0).sum()) for name, one in named if one.dim() > 1 and re.search(r"\.\d+\.", name))
-
-
 def _job(
     recipe: Recipe,
     model: Model,
@@ -186,9 +178,5 @@ def _kind(method: Any) -> type[Job]:
 
 def _finished(out: Path, recipe: Recipe) -> dict[str, Any] | None:
     """The report in `out`, if it is of this very recipe."""
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return None
-    same = isinstance(report, dict) and report.get("recipe") == recipe.model_dump(mode="json")
-    return report if same else None
+    report = read_report(out)
+    return report if report and report.get("recipe") == recipe.model_dump(mode="json") else None

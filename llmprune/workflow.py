@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -14,11 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from llmprune import calibration, hub, stages
-from llmprune.checkpoint.output import REPORT_NAME, record, write_json
+from llmprune.checkpoint.output import REPORT_NAME, read_report, record, write_json
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.eval.evaluate import Wanted, evaluate
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, Strict, merge_settings, read_recipe, stages_of, validate, validated
+from llmprune.record import key_of
 from llmprune.recovery.recipe import load_recovery
 from llmprune.recovery.run import recover
 from llmprune.report.page import BUDGET, read_run, write_figures, write_page
@@ -167,7 +167,7 @@ class _Run:
 
     def _step(self, name: str, decides: list[Any], work: Callable[[], object], is_there: Callable[[], bool]) -> str:
         """Do a step unless it is done, and its result is there; returns its key, a hash of all that decides it."""
-        key = hashlib.sha256(json.dumps([name, *decides], sort_keys=True).encode()).hexdigest()
+        key = key_of([name, *decides])
         if self._done.get(name, {}).get("key") == key and is_there():
             self._reporter.say(f"{name}: done before")
             return key
@@ -218,10 +218,7 @@ def _plain(settings: Strict) -> dict[str, Any]:
 
 def _says(model: Path, key: str) -> bool:
     """Whether the report of a finished model has an entry."""
-    try:
-        return key in json.loads((model / REPORT_NAME).read_text())
-    except (OSError, ValueError):
-        return False
+    return key in (read_report(model) or {})
 
 
 def _check(workflow: Workflow) -> None:

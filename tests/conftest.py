@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,9 +15,19 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 
+import llmprune
+
 torch.set_num_threads(1)
 
+DEMO = Path(llmprune.__file__).parent / "demo" / "model"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder that holds a copy of the demo model as `model`; outputs would come beside it."""
+    shutil.copytree(DEMO, tmp_path / "model")
+    return tmp_path
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import oracles
 import pytest
 import tiny
 import torch
+from draws import normal
 from torch.nn import functional as F
 
 import llmprune
@@ -25,10 +26,6 @@ from llmprune.weights import Resident
 
 DAMPING = 0.1
 SAMPLES = [tiny.tokens(1, length, seed=length) for length in (9, 24, 17)]
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def example(outputs: int, inputs: int, samples: int = 6, *, by_columns: bool = False) -> tuple[Matrix, torch.Tensor]:

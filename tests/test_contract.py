@@ -10,6 +10,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from draws import normal
 from pairwise import pairwise
 
 from llmprune.linalg import scaled
@@ -42,10 +43,6 @@ STRENGTHS = [0.0, 0.5]
 COMPOSED = pairwise(list(BUDGETS), REFINE, UPDATE, STRENGTHS)
 # What the brute force goes through.
 SMALL = {"0.5": Budget(0.5), "2:4": BUDGETS["2:4"]}
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Data(NamedTuple):

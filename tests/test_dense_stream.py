@@ -312,20 +312,22 @@ def test_retarget_solves_its_normal_equations() -> None:
 STORAGE = {"weight": torch.float32}
 
 
-def fit(epochs: int, calls: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor, list[Call], list[torch.Tensor]]:
+def fit(epochs: int, calls: int = 4) -> tuple[torch.Tensor, torch.Tensor, list[Call], list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     dense = torch.randn(6, 8, generator=generator)
     kept = torch.rand(6, 8, generator=generator) < 0.5
     module = nn.Linear(8, 6, bias=False)
-    start = {"weight": dense * kept}
+    start = dense * kept
     inputs: list[Call] = [((torch.randn(32, 8, generator=generator),), {}) for _ in range(calls)]
     targets = [args[0] @ dense.T for args, _ in inputs]
-    now = [(call, call[0][0] @ start["weight"].T) for call in inputs]
-    found, before, after = reconstruct(
-        module, start, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0, share=Share.alone(now)
+    now = [(call, call[0][0] @ start.T) for call in inputs]
+    found, elsewhere = start.clone(), start.clone()
+    places = {"weight": [found, elsewhere]}
+    before, after = reconstruct(
+        module, places, {"weight": kept}, STORAGE, now, targets, epochs=epochs, seed=0, share=Share.alone(now)
     )
     assert after < before
-    assert not found["weight"][~kept].any()
+    assert not found[~kept].any() and torch.equal(found, elsewhere)
     return found, kept, inputs, targets
 
 
@@ -337,9 +339,9 @@ def test_fitting_approaches_least_squares() -> None:
         columns = kept[row].nonzero()[:, 0]
         solution = torch.linalg.lstsq(x[:, columns], y[:, row]).solution
         best += float((x[:, columns] @ solution - y[:, row]).square().sum())
-        ours += float((x @ found["weight"][row].double() - y[:, row]).square().sum())
+        ours += float((x @ found[row].double() - y[:, row]).square().sum())
     dense_kept, _, _, _ = fit(epochs=1)
-    start = float((x @ dense_kept["weight"].double().T - y).square().sum())
+    start = float((x @ dense_kept.double().T - y).square().sum())
     assert best <= ours <= best + 0.05 * (start - best)
 
 
@@ -352,7 +354,7 @@ def test_the_first_step_of_fitting() -> None:
     gradient = residual.T @ inputs[0][0][0].double()
     length = RATE * float(start[kept].square().mean().sqrt()) / WARM_UP
     expected = start.double() - length * gradient.sign() * kept
-    assert torch.allclose(found["weight"].double(), expected, atol=1e-3 * length)
+    assert torch.allclose(found.double(), expected, atol=1e-3 * length)
 
 
 def test_fitting_never_makes_it_worse() -> None:
@@ -362,10 +364,11 @@ def test_fitting_never_makes_it_worse() -> None:
     targets = [module(x_TI).detach()]
     calls: list[tuple[Call, torch.Tensor]] = [(((x_TI,), {}), targets[0])]
     kept = {"weight": torch.ones(6, 8, dtype=torch.bool)}
-    found, before, after = reconstruct(
-        module, {"weight": weight}, kept, STORAGE, calls, targets, epochs=3, seed=0, share=Share.alone(calls)
+    places = {"weight": [weight.clone()]}
+    before, after = reconstruct(
+        module, places, kept, STORAGE, calls, targets, epochs=3, seed=0, share=Share.alone(calls)
     )
-    assert after == before and torch.equal(found["weight"], weight)
+    assert after == before and torch.equal(places["weight"][0], weight)
 
 
 def test_auto_keeps_its_zeros_and_fits_every_layer(tmp_path: Path) -> None:

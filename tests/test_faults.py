@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +19,9 @@ import targets
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import edit_weights
 from runner import Ran, Steps, cli, product, tree
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import llmprune
@@ -42,22 +43,8 @@ HARD = (
 )
 
 
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    shutil.copytree(DEMO, tmp_path / "model")
-    return tmp_path
-
-
 def prune(work: Path, *options: object) -> Ran:
     return cli("prune", work / "model", "--out", work / "out", *QUICK, *options)
-
-
-def edit(work: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    path = work / "model" / "model.safetensors"
-    state = load_file(path)
-    change(state)
-    path.unlink()
-    save_file(state, path, metadata={"format": "pt"})
 
 
 def failed(ran: Ran, *says: str) -> None:
@@ -185,14 +172,14 @@ def test_no_secret_is_written_or_said(work: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_damaged_weight(work: Path, value: float) -> None:
-    edit(work, lambda state: state["model.layers.3.mlp.up_proj.weight"].__setitem__((0, 0), value))
+    edit_weights(work, lambda state: state["model.layers.3.mlp.up_proj.weight"].__setitem__((0, 0), value))
     failed(prune(work), "model.layers.3.mlp.up_proj.weight holds NaN or infinity")
     assert not (work / "out").exists()
 
 
 def test_infinite_activation(work: Path) -> None:
     # finite weights whose product is not
-    edit(work, lambda state: state["model.layers.1.input_layernorm.weight"].fill_(3e38))
+    edit_weights(work, lambda state: state["model.layers.1.input_layernorm.weight"].fill_(3e38))
     failed(prune(work), "model.layers.1.", "NaN or infinity")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from draws import normal
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +19,6 @@ from llmprune.methods import method_of
 from llmprune.methods.weight.losparse import LoSparse
 from llmprune.recipe import Recipe
 from llmprune.types import Budget, Matrix
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])

@@ -8,6 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from draws import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,10 +20,6 @@ quick = settings(max_examples=60, deadline=None, database=None, derandomize=True
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 5), (17, 63), (8, 128), (4, 500)]
 SPARSITIES = [0.0, 1e-9, 0.1, 1 / 3, 0.5, 0.65, 0.7, 0.9, 0.999999]
 PATTERNS = [(1, 4), (2, 4), (4, 8), (3, 5), (1, 2), (7, 8), (1, 1), (4, 4)]
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @st.composite

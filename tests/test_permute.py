@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from draws import normal
 from safetensors.torch import load_file
 
 import llmprune
@@ -23,10 +24,6 @@ from llmprune.solvers.channel_order import channel_order, retained
 
 LAYOUTS = ["llama", "qwen3", "gemma3", "opt", "gpt2", "gpt-neox", "phi3", "falcon", "bloom", "mixtral", "qwen3-moe"]
 TEXT = tiny.tokens(4, 24)
-
-
-def normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from draws import normal
 from torch import nn
 
 from llmprune.kernels import product
@@ -23,10 +24,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def assert_product(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Within the rounding of a float32 sum of K terms, entry by entry: K eps |a| |b|'."""
     exact = a.double() @ b.double().T
@@ -37,14 +34,14 @@ def assert_product(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Non
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 7), (65, 129, 257), (128, 96, 32), (300, 700, 111)])
 def test_product(library: str, m: int, n: int, k: int) -> None:
-    a, b = random(m, k), random(n, k, seed=1)
+    a, b = normal(m, k), normal(n, k, seed=1)
     assert_product(product.product_nt(a, b), a, b)
 
 
 def test_product_of_slices_and_transposes(library: str) -> None:
-    a, b = random(130, 300), random(90, 300, seed=1)
-    wide_a, wide_b = random(130, 400), random(90, 400, seed=1)
-    tall_a, tall_b = random(300, 130), random(300, 90, seed=1)
+    a, b = normal(130, 300), normal(90, 300, seed=1)
+    wide_a, wide_b = normal(130, 400), normal(90, 400, seed=1)
+    tall_a, tall_b = normal(300, 130), normal(300, 90, seed=1)
     assert_product(product.product_nt(wide_a[:, 50:350], wide_b[:, 50:350]), wide_a[:, 50:350], wide_b[:, 50:350])
     assert_product(product.product_nt(tall_a.T, tall_b.T), tall_a.T, tall_b.T)
     assert_product(product.product_nt(tall_a[:, 3:70].T, tall_b[:, 5:80].T), tall_a[:, 3:70].T, tall_b[:, 5:80].T)
@@ -56,7 +53,7 @@ def test_product_of_slices_and_transposes(library: str) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_linear_layers_keep_their_values(library: str, shape: tuple[int, ...], bias: bool) -> None:
     layer = nn.Linear(300, 40, bias=bias)
-    x = random(*shape)
+    x = normal(*shape)
     with torch.no_grad():
         plain = layer(x)
         with product.FastLinear():
@@ -68,7 +65,7 @@ def test_linear_layers_keep_their_values(library: str, shape: tuple[int, ...], b
 
 def test_other_dtypes_are_left_to_torch() -> None:
     layer = nn.Linear(2048, 2048).bfloat16()
-    x = random(4, 2048).bfloat16()
+    x = normal(4, 2048).bfloat16()
     with torch.no_grad():
         plain = layer(x)
         with product.FastLinear():
@@ -76,7 +73,7 @@ def test_other_dtypes_are_left_to_torch() -> None:
 
 
 def test_gram_update(library: str) -> None:
-    x = random(333, 95)
+    x = normal(333, 95)
     lower = gram_update_(torch.zeros(95, 95), x).tril()
     exact = (x.double().T @ x.double()).tril()
     bound = 333 * EPSILON * (x.double().abs().T @ x.double().abs())
@@ -85,7 +82,7 @@ def test_gram_update(library: str) -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (5, 8), (40, 63), (33, 200)])
 def test_output_energy_reads_the_lower_triangle_only(library: str, outputs: int, inputs: int) -> None:
-    x, weight = random(400, inputs), random(outputs, inputs, seed=2)
+    x, weight = normal(400, inputs), normal(outputs, inputs, seed=2)
     gram = x.T @ x
     poisoned = gram.tril() + torch.full_like(gram, float("nan")).triu(1)
     exact = float((x.double() @ weight.double().T).square().sum())

@@ -248,6 +248,11 @@ def test_what_is_wrong_is_found_first(settings: dict[str, Any], said: str, tmp_p
     assert not (tmp_path / "s").exists()
 
 
+def test_a_setting_wins_over_the_option_of_the_same_name(tmp_path: Path) -> None:
+    ran = cli("search", DEMO, "--out", tmp_path / "s", "--perplexity", "demo", "--samples", 2, "--set", "samples=none")
+    assert ran.code == 2 and "calibration.samples" in ran.err, ran.err
+
+
 def test_the_input_is_never_written_to(tmp_path: Path) -> None:
     shutil.copytree(DEMO, tmp_path / "model")
     with pytest.raises(UserError, match="input folder"):

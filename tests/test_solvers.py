@@ -8,15 +8,17 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from budgets import FOUR_OF_8, TWO_OF_4, label
+from draws import normal
+from solver_problems import BUDGETS, apart, damped64, inputs_of, stats_of
 
-from llmprune import masks, scores
-from llmprune.kernels.sparsegpt_block import solve_block
-from llmprune.linalg import reversed_cholesky, scaled
+from llmprune import masks
+from llmprune.linalg import scaled
 from llmprune.methods import method_of
 from llmprune.methods.weight.alps import Alps
 from llmprune.methods.weight.obc import Obc
 from llmprune.methods.weight.scored import Scored
-from llmprune.methods.weight.sparsegpt import SparseGPT, rose_order
+from llmprune.methods.weight.sparsegpt import SparseGPT
 from llmprune.methods.weight.thanos import Thanos
 from llmprune.recipe import Recipe
 from llmprune.solvers.dsnot import dsnot
@@ -24,105 +26,8 @@ from llmprune.solvers.least_squares import redense
 from llmprune.solvers.obs import eliminate
 from llmprune.solvers.subsets import exact, solve_subsets
 from llmprune.solvers.swaps import swaps
-from llmprune.solvers.sweep import sweep_mask
 from llmprune.statistics import GRAM, MOMENTS, Stats
 from llmprune.types import UNSTRUCTURED, Budget, Edit, Matrix, Pattern, RunError, UserError
-
-TWO_OF_4, FOUR_OF_8 = (Budget.of(None, Pattern(*pair)) for pair in ((2, 4), (4, 8)))
-BUDGETS = [Budget(0.3), Budget(0.5), Budget(0.7), TWO_OF_4, FOUR_OF_8]
-
-
-def label(value: object) -> str | None:
-    if isinstance(value, Budget):
-        return str(value.pattern) if value.pattern.structured else f"{value.sparsity:g}"
-    return None
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def inputs_of(width: int, seed: int = 50) -> torch.Tensor:
-    x_TI = normal(3 * width, width, seed=seed) @ (torch.eye(width) + 0.2 * normal(width, width, seed=seed + 1))
-    return (x_TI + 0.3) * normal(width, seed=seed + 2).exp()
-
-
-def stats_of(x_TI: torch.Tensor) -> Stats:
-    stats = Stats(x_TI.shape[1], frozenset({GRAM, MOMENTS}))
-    stats.update(x_TI)
-    return stats
-
-
-def damped64(stats: Stats, damping: float = 0.01) -> np.ndarray:
-    return oracles.damped(stats.gram_II.double().numpy(), damping)
-
-
-def apart(found_OI: torch.Tensor, expected_OI: np.ndarray) -> float:
-    return float(np.linalg.norm(found_OI.double().numpy() - expected_OI) / np.linalg.norm(expected_OI))
-
-
-# --- scores ---
-
-
-def test_ria_by_hand() -> None:
-    weight_OI, stats = normal(6, 10), stats_of(inputs_of(10))
-    size, norm_I = np.abs(weight_OI.double().numpy()), np.sqrt(stats.square_sums_I.double().numpy())
-    expected = (size / size.sum(0) + size / size.sum(1)[:, None]) * np.sqrt(norm_I)
-    np.testing.assert_allclose(scores.ria(Matrix("m", weight_OI), stats).numpy(), expected, rtol=1e-5)
-
-
-def test_ria_of_empty_rows_and_columns_is_finite() -> None:
-    weight_OI = normal(6, 10)
-    weight_OI[2], weight_OI[:, 3] = 0, 0
-    assert bool(torch.isfinite(scores.ria(Matrix("m", weight_OI), stats_of(inputs_of(10)))).all())
-
-
-@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7])
-def test_row_adaptive_wanda_is_one_share_for_all_rows(sparsity: float) -> None:
-    weight_OI, stats = normal(12, 40) * normal(12, 1, seed=3).exp(), stats_of(inputs_of(40))
-    budget = Budget(sparsity)
-    pruned_OI = Scored("wanda-adaptive").solve(Matrix("m", weight_OI), stats, budget).pruned_OI
-    assert int(pruned_OI.sum()) == budget.pruned_of(480)
-    score = scores.wanda(Matrix("m", weight_OI), stats).double().numpy()
-    # within a row a prefix of the ranking; across rows one alpha parts what went from the next that would go
-    lost, after = [], []
-    for row, gone in zip(score, pruned_OI.numpy(), strict=True):
-        reached = np.cumsum(np.sort(row)) / row.sum()
-        count = int(gone.sum())
-        assert set(np.argsort(row)[:count]) == set(np.flatnonzero(gone))
-        lost.append(reached[count - 1] if count else 0.0)
-        after.append(reached[count])
-    assert max(lost) <= min(after)
-
-
-def test_random_depends_on_name_and_seed_alone() -> None:
-    def mask(seed: int, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
-        method = method_of(Recipe(method="random", seed=seed))
-        return method.solve(Matrix(name, weight_OI), None, Budget(0.5)).pruned_OI
-
-    first = mask(0, "a", normal(8, 40))
-    assert torch.equal(first, mask(0, "a", normal(8, 40, seed=1)))
-    others = [mask(0, "b", normal(8, 40)), mask(1, "a", normal(8, 40))]
-    # two independent masks agree on half of the 320 weights, give or take 9
-    assert all(100 < int((first == other).sum()) < 220 for other in others)
-    assert first.sum(1).tolist() == [20] * 8
-
-
-def test_a_score_can_be_compared_within_rows_or_matrix() -> None:
-    weight_OI = normal(8, 40) * normal(8, 1, seed=1).exp()
-    by_row = Scored("magnitude", "row").solve(Matrix("m", weight_OI), None, Budget(0.5)).pruned_OI
-    by_matrix = Scored("magnitude").solve(Matrix("m", weight_OI), None, Budget(0.5)).pruned_OI
-    assert by_row.sum(1).tolist() == [20] * 8 and not torch.equal(by_row, by_matrix)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [({"score": "wandaa"}, "must be one of"), ({"group": "column"}, "group"), ({"bits": 4}, "no option 'bits'")],
-)
-def test_what_scored_refuses(options: dict[str, object], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        method_of(Recipe(method="scored", options=options))
-
 
 # --- systems of subsets, exact least squares ---
 
@@ -138,107 +43,6 @@ def test_subsets_against_numpy() -> None:
         np.testing.assert_allclose(found_OI[row], expected_I, atol=1e-12)
     with pytest.raises(RunError, match="not positive definite"):
         solve_subsets(-torch.from_numpy(matrix_II), chosen_OI, right_OI)
-
-
-# --- the sweep on a given mask ---
-
-
-@pytest.mark.parametrize("budget", BUDGETS, ids=label)
-def test_the_sweep_on_sparsegpts_own_mask_is_sparsegpt(budget: Budget) -> None:
-    # inputs of equal size: then the damping of the unit-diagonal form is that of the mean
-    x_TI = inputs_of(136)
-    stats = stats_of(x_TI / x_TI.norm(dim=0))
-    weight_OI = normal(20, 136)
-    edit = SparseGPT().solve(Matrix("m", weight_OI), stats, budget)
-    found_OI = sweep_mask(weight_OI, edit.pruned_OI, scaled(stats.gram_lower_II, 0.01))
-    # float32, condition of some thousands
-    assert apart(found_OI, edit.weight_OI.double().numpy()) < 1e-4
-    assert not bool(found_OI[edit.pruned_OI].any())
-
-
-# --- SparseGPT's options ---
-
-
-def test_rose_order_is_descending_loss_and_only_where_blocks_differ() -> None:
-    stats = stats_of(normal(500, 40))
-    factor = reversed_cholesky(stats.gram_lower_II, 0.01)
-    weight_OI = normal(8, 40)
-    assert rose_order(weight_OI, factor, Budget(0.5), 8) is None
-    weight_OI[:, 16:24] *= 5
-    order_I = rose_order(weight_OI, factor, Budget(0.5), 8)
-    assert order_I is not None and sorted(order_I.tolist()) == list(range(40))
-    assert set(order_I[:8].tolist()) == set(range(16, 24))
-    score_OI = (weight_OI * factor.r_t_II.diagonal()).square()
-    for block_B in order_I.split(8):
-        block_B = block_B.sort().values
-        pruned_OB = masks.select(score_OI[:, block_B], Budget(0.5), by="matrix")
-        loss_B = (score_OI[:, block_B] * pruned_OB).sum(0)
-        at = {int(column): float(one) for column, one in zip(block_B, loss_B, strict=True)}
-        ordered = [at[int(column)] for column in order_I if int(column) in at]
-        assert ordered == sorted(ordered, reverse=True)
-
-
-@pytest.mark.parametrize("budget", BUDGETS, ids=label)
-def test_rose_is_the_textbook_on_reordered_columns(budget: Budget) -> None:
-    x_TI = inputs_of(48)
-    x_TI[:, 32:40] *= 8
-    stats, weight_OI = stats_of(x_TI), normal(10, 48)
-    order_I = rose_order(weight_OI, reversed_cholesky(stats.gram_lower_II, 0.01), budget, 16)
-    assert order_I is not None
-    edit = SparseGPT(block=16, order="rose").solve(Matrix("m", weight_OI), stats, budget)
-    pattern = budget.pattern
-    reference = oracles.sparsegpt(
-        weight_OI[:, order_I].numpy(),
-        stats.gram_II.double().numpy()[np.ix_(order_I, order_I)],
-        sparsity=budget.sparsity,
-        keep=pattern.keep,
-        group=pattern.group,
-        block=16,
-    )
-    assert reference.gap > 1e-4
-    np.testing.assert_array_equal(edit.pruned_OI[:, order_I].numpy(), reference.pruned_OI)
-    assert apart(edit.weight_OI[:, order_I], reference.weight_OI) < 1e-4
-    assert edit.notes == {"order": "rose"}
-    if pattern.structured:
-        kept_OG = (~edit.pruned_OI).unflatten(1, (-1, pattern.group)).sum(2)
-        assert bool((kept_OG == pattern.keep).all())
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("budget", [Budget(0.0), Budget(0.5), TWO_OF_4], ids=label)
-def test_quantized_weights_lie_on_the_reported_grid(budget: Budget, bits: int) -> None:
-    stats, weight_OI = stats_of(inputs_of(48)), normal(10, 48)
-    edit = SparseGPT(bits=bits, block=16).solve(Matrix("m", weight_OI), stats, budget)
-    grid = edit.notes["grid"]
-    assert grid["bits"] == bits and len(grid["scale"]) == len(grid["zero"]) == 10
-    level_OI = edit.weight_OI.double().numpy() / np.array(grid["scale"])[:, None] + np.array(grid["zero"])[:, None]
-    # a float32 product and the difference that it is read back from: 2^-22 of up to 256 levels
-    np.testing.assert_allclose(level_OI, level_OI.round(), atol=1e-4)
-    assert level_OI.min() > -0.5 and level_OI.max() < 2**bits - 0.5
-    assert int(edit.pruned_OI.sum()) == budget.pruned_of(480) and not bool(edit.weight_OI[edit.pruned_OI].any())
-
-
-def test_later_columns_make_up_for_rounding() -> None:
-    stats, weight_OI = stats_of(inputs_of(48)), normal(10, 48)
-    h_II = damped64(stats)
-    edit = SparseGPT(bits=4).solve(Matrix("m", weight_OI), stats, Budget(0.0))
-    grid = edit.notes["grid"]
-    scale, zero = (torch.tensor(grid[name])[:, None] for name in ("scale", "zero"))
-    nearest_OI = ((weight_OI / scale).round() + zero).clamp(0, 15).sub(zero) * scale
-    swept, plain = (oracles.quadratic(weight_OI, one, h_II) for one in (edit.weight_OI, nearest_OI))
-    assert swept < plain
-    # the loss that the sweep adds up is the quadratic form
-    assert edit.loss == pytest.approx(
-        oracles.quadratic(weight_OI, edit.weight_OI, stats.gram_II.double().numpy()), rel=1e-4
-    )
-
-
-def test_a_given_mask_goes_through_the_block_unchanged() -> None:
-    current_BO, pruned_BO = normal(16, 5), normal(16, 5, seed=1) > 0
-    before_BO = pruned_BO.clone()
-    solve_block(current_BO, torch.eye(16), pruned_BO, None)
-    assert torch.equal(pruned_BO, before_BO)
-    assert torch.equal(current_BO, normal(16, 5).masked_fill(before_BO, 0))
 
 
 # --- OBC ---
@@ -489,22 +293,3 @@ def test_the_unit_of_the_activations_decides_nothing(method: str) -> None:
         return edit.pruned_OI
 
     assert torch.equal(solved(1.0), solved(2.0**-10))
-
-
-@pytest.mark.parametrize("step", [{"update": "least-squares"}, {"refine": "swaps"}, {"reconstruct": 1}], ids=str)
-def test_a_grid_is_not_left_again(step: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="grid"):
-        method_of(Recipe(method="sparsegpt", options={"bits": 4}, **step))
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_weights_lie_on_the_grid_of_the_report(bits: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x_TI, weight_OI = torch.randn(512, 96, generator=generator), torch.randn(16, 96, generator=generator)
-    stats = Stats(96, frozenset({GRAM}))
-    stats.update(x_TI)
-    edit = SparseGPT(bits=bits).solve(Matrix("m", weight_OI), stats, Budget(0.5))
-    grid = edit.notes["grid"]
-    levels_OL = torch.arange(2**bits) - torch.tensor(grid["zero"])[:, None]
-    values_OL = levels_OL * torch.tensor(grid["scale"])[:, None]
-    assert bool((edit.weight_OI[:, :, None] == values_OL[:, None, :]).any(2).all())

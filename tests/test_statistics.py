@@ -9,16 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from draws import normal
 
 from llmprune.kernels.gram import ROWS, gram_update_
 from llmprune.statistics import GRAM, KINDS, MOMENTS, Stats, Tokens, update_together
 
 U = 2.0**-24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def gathered(x_TI: torch.Tensor, *kinds: str, sizes: list[int] | None = None) -> Stats:

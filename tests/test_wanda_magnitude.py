@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import budgets
 import numpy as np
 import oracles
 import pytest
 import torch
+from budgets import TWO_OF_4
+from draws import normal
 
 from llmprune.methods.weight.magnitude import Magnitude
 from llmprune.methods.weight.wanda import Wanda
@@ -18,19 +21,10 @@ METHODS = [Magnitude(), Wanda()]
 SHAPES = [(1, 1), (3, 5), (17, 63), (64, 300), (5, 500)]
 SPARSITIES = [0.0, 0.1, 0.3, 0.5, 0.65, 0.7, 0.999]
 PAIRS = [(1, 4), (2, 4), (4, 8), (3, 5)]
-TWO_OF_4 = Budget.of(None, Pattern(2, 4))
 
 
 def label(value: object) -> str | None:
-    if isinstance(value, Budget):
-        return str(value.pattern) if value.pattern.structured else f"{value.sparsity:g}"
-    if isinstance(value, Magnitude | Wanda):
-        return type(value).__name__
-    return None
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return type(value).__name__ if isinstance(value, Magnitude | Wanda) else budgets.label(value)
 
 
 def inputs_of(width: int, tokens: int = 64, seed: int = 5) -> torch.Tensor:

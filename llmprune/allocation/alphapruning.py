@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmprune.allocation import Dense
-from llmprune.allocation.fit import fit, refuse_pattern
+from llmprune.allocation.fit import fit, refuse_pattern, stretched
 from llmprune.types import Budget
 
 # amounts lie between 1 - REACH and 1 + REACH times a common one; the paper's value for SparseGPT (Wanda: 0.3)
@@ -23,9 +23,7 @@ def alphapruning(dense: Dense, budget: Budget) -> dict[str, Budget]:
     refuse_pattern("alphapruning", budget)
     found = {spec.name: tail_exponent(weight_OI) for spec, weight_OI in dense.weights()}
     means = [sum(found[spec.name] for spec in layer) / len(layer) for layer in dense.layers]
-    low, high = min(means), max(means)
-    spread = high - low or 1.0
-    share = dense.by_layer([1 - REACH + 2 * REACH * (one - low) / spread for one in means])
+    share = dense.by_layer([1 - REACH + one for one in stretched(means, 2 * REACH)])
     return fit(dense.specs, budget, lambda level: {name: level * one for name, one in share.items()})
 
 

@@ -6,7 +6,7 @@ import torch
 
 from llmprune import scores
 from llmprune.allocation import Dense, Measured
-from llmprune.allocation.fit import fit, refuse_pattern
+from llmprune.allocation.fit import fit, refuse_pattern, stretched
 from llmprune.statistics import MOMENTS
 from llmprune.types import Budget, Matrix
 
@@ -29,7 +29,5 @@ def dlp(dense: Dense, budget: Budget) -> dict[str, Budget]:
             median[number] = float(torch.cat(found).median())
 
     dense.measure(frozenset({MOMENTS}), look)
-    low, high = min(median), max(median)
-    spread = high - low or 1.0
-    lead = dense.by_layer([2 * REACH * (one - low) / spread for one in median])
+    lead = dense.by_layer(stretched(median, 2 * REACH))
     return fit(dense.specs, budget, lambda level: {name: level + one for name, one in lead.items()})

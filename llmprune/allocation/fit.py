@@ -36,6 +36,13 @@ def fit(specs: list[MatrixSpec], budget: Budget, wish: Callable[[float], dict[st
     return {spec.name: Budget(count / spec.count) for spec, count in zip(specs, found_N.tolist(), strict=True)}
 
 
+def stretched(figures: list[float], width: float) -> list[float]:
+    """Figures moved and scaled so that they reach from 0 to `width`; all 0 where they are alike."""
+    low, high = min(figures), max(figures)
+    spread = high - low or 1.0
+    return [width * (one - low) / spread for one in figures]
+
+
 def counts(sizes_N: torch.Tensor, target: int, wish: Callable[[float], torch.Tensor]) -> torch.Tensor:
     """How many of each of N sets go, `target` in all and at most `MOST` of any one, as int64.
 

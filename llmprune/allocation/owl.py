@@ -8,7 +8,7 @@ import torch
 
 from llmprune import scores
 from llmprune.allocation import Dense, Measured
-from llmprune.allocation.fit import fit, refuse_pattern
+from llmprune.allocation.fit import fit, refuse_pattern, stretched
 from llmprune.statistics import MOMENTS
 from llmprune.types import Budget, Matrix
 
@@ -36,7 +36,5 @@ def owl(dense: Dense, budget: Budget) -> dict[str, Budget]:
         share[number] = above / count
 
     dense.measure(frozenset({MOMENTS}), look)
-    low, high = min(share), max(share)
-    spread = high - low or 1.0
-    lead = dense.by_layer([2 * REACH * (one - low) / spread for one in share])
+    lead = dense.by_layer(stretched(share, 2 * REACH))
     return fit(dense.specs, budget, lambda level: {name: level - one for name, one in lead.items()})

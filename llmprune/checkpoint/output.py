@@ -328,13 +328,18 @@ def record(folder: Path, key: str, value: Any) -> None:
     write_json(path, {**json.loads(path.read_text()), key: value})
 
 
-def _fingerprint_in(folder: Path) -> str | None:
-    """Of which run a folder holds the report, and so the complete result."""
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in a folder; None if it holds none that can be read."""
     try:
         report = json.loads((folder / REPORT_NAME).read_text())
     except (OSError, ValueError):
         return None
-    return report.get("fingerprint") if isinstance(report, dict) else None
+    return report if isinstance(report, dict) else None
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    """Of which run a folder holds the report, and so the complete result."""
+    return (read_report(folder) or {}).get("fingerprint")
 
 
 def _is_empty(path: Path) -> bool:
@@ -347,7 +352,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _size(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(one.numel() * one.element_size() for one in tensors.values())
+    return sum(one.nbytes for one in tensors.values())
 
 
 def _is_part(line: dict[str, Any]) -> bool:

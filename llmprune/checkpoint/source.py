@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,7 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
@@ -72,6 +71,12 @@ class Checkpoint:
         """The tensor `key`, mapped from the file, in its stored dtype."""
         tensor: torch.Tensor = self._handle(self.entries[key].file).get_tensor(key)
         return tensor
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor with its key, one mapped at a time."""
+        for key in self.entries:
+            yield key, self.tensor(key)
+            self.close()
 
     def close(self) -> None:
         """Unmap the files, so that their pages stop counting against this process."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.commands import AsJson, Model, Trust
+from llmprune.commands import AsJson, Model, ResultFile, Trust
 
 
 def bench(
@@ -24,7 +23,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
     trust_remote_code: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    out: ResultFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Time MODEL: prefill, decoding, loading; memory, file size, parameters, FLOPs."""

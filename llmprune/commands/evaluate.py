@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from llmprune.commands import AsJson, Model, Trust
+from llmprune.commands import AsJson, Model, ResultFile, Trust
 from llmprune.report import words
 from llmprune.types import UserError
 
@@ -42,26 +42,21 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "auto",
     trust_remote_code: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    out: ResultFile = None,
     record: Annotated[bool, typer.Option("--record", help="Enter the result in MODEL's llmprune.json too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure MODEL: perplexity on texts, lm-eval tasks, closeness to a dense baseline, samples."""
     import llmprune
     from llmprune.checkpoint import output
-    from llmprune.eval.recorded import joined, other_baseline
 
     if out is not None:
         output.check_file(out)
-    if not (seqlen == "max" or seqlen.isdigit()):
-        raise UserError(f"--seqlen {seqlen} must be a number of tokens, or max")
-    if not (batch_size == "auto" or batch_size.isdigit()):
-        raise UserError(f"--batch-size {batch_size} must be a number, or auto")
+    window, batch = _number("seqlen", seqlen, "max"), _number("batch-size", batch_size, "auto")
     if not (perplexity or tasks or prompt or generate):
         raise UserError("say what to measure: --perplexity SPEC, --tasks NAMES, --generate, or --prompt TEXT")
-    if record and not (Path(model) / output.REPORT_NAME).is_file():
-        name = Path(model) / output.REPORT_NAME
-        raise UserError(f"--record: there is no {name}; only a model that llmprune made has one")
+    if record and not (written := Path(model) / output.REPORT_NAME).is_file():
+        raise UserError(f"--record: there is no {written}; only a model that llmprune made has one")
     result = llmprune.evaluate(
         model,
         perplexity=perplexity or [],
@@ -69,7 +64,7 @@ def evaluate(
         baseline=baseline,
         prompts=prompt or generate,
         task_data=task_data,
-        seqlen="max" if seqlen == "max" else int(seqlen),
+        seqlen=window,
         stride=stride,
         max_windows=max_windows,
         bos=bos,
@@ -77,7 +72,7 @@ def evaluate(
         fewshot=fewshot,
         chat_template=chat_template,
         seed=seed,
-        batch_size="auto" if batch_size == "auto" else int(batch_size),
+        batch_size=batch,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -90,11 +85,26 @@ def evaluate(
     if out is not None:
         output.write_json(out, result)
     if record:
-        earlier = json.loads((Path(model) / output.REPORT_NAME).read_text()).get("evaluation", {})
-        other = other_baseline(earlier, result)
-        if other is not None:
-            print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
-        output.record(Path(model), "evaluation", joined(earlier, result))
+        _record(Path(model), result)
+
+
+def _number(option: str, value: str, word: str) -> Any:
+    """A number as an option gives it, or the one word that may stand for it; raises UserError."""
+    if value != word and not value.isdigit():
+        raise UserError(f"--{option} {value} must be a number, or {word}")
+    return value if value == word else int(value)
+
+
+def _record(folder: Path, result: dict[str, Any]) -> None:
+    """Enter a result in the report of a model, beside what was measured of it earlier."""
+    from llmprune.checkpoint import output
+    from llmprune.eval.recorded import joined, other_baseline
+
+    earlier = json.loads((folder / output.REPORT_NAME).read_text()).get("evaluation", {})
+    other = other_baseline(earlier, result)
+    if other is not None:
+        print(f"what was recorded beside the baseline {other} is dropped: it is another now", file=sys.stderr)
+    output.record(folder, "evaluation", joined(earlier, result))
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmprune.commands import AsJson, Quiet, Settings, Trust, read_settings
+from llmprune import ranks
+from llmprune.commands import AsJson, Device, Overwrite, Quiet, RecipeFile, Resume, Seed, Settings, Trust, read_settings
 
 # Arguments of `api.recover` that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "resume", "overwrite", "reporter")
@@ -35,12 +35,12 @@ def recover(
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder for the adapter alone, in PEFT's format.")] = None,
     settings: Settings = None,
-    recipe: Annotated[Path | None, typer.Option(help="Recipe file; options win over it.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    recipe: RecipeFile = None,
+    device: Device = None,
+    seed: Seed = None,
     trust_remote_code: Trust = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,12 +63,11 @@ def recover(
         "seed": seed,
         "trust_remote_code": trust_remote_code or None,
     }
-    given.update(read_settings(settings or [], NO_SETTINGS))
-    result = api.recover(
-        folder, out=out, recipe=recipe, resume=resume, overwrite=overwrite, reporter=Reporter(quiet=quiet), **given
-    )
-    if os.environ.get("RANK", "0") != "0":
-        return  # of several processes one speaks
+    given |= read_settings(settings, NO_SETTINGS)
+    reporter = Reporter(quiet=quiet)
+    result = api.recover(folder, out=out, recipe=recipe, resume=resume, overwrite=overwrite, reporter=reporter, **given)
+    if not ranks.leads():
+        return
     if as_json:
         print(json.dumps(result.report))
     else:

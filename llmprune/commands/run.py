@@ -33,7 +33,7 @@ def run(
         out=out,
         overwrite=overwrite,
         reporter=Reporter(quiet=quiet),
-        settings=read_settings(settings or [], NO_SETTINGS),
+        settings=read_settings(settings, NO_SETTINGS),
     )
     if as_json:
         print(json.dumps(result.report))

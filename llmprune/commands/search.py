@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from llmprune.commands import AsJson, Quiet, Settings, Trust, read_settings
+from llmprune.commands import AsJson, Device, Dtype, Quiet, Seed, Settings, Trust, read_settings
 
 # Arguments of the call that are no part of a recipe.
 NO_SETTINGS = ("model", "out", "recipe", "reporter")
@@ -38,9 +38,9 @@ def search(
     seqlen: Annotated[int | None, typer.Option(help="Tokens a sequence, and a window of perplexity.")] = None,
     settings: Settings = None,
     recipe: Annotated[Path | None, typer.Option(help="File with the sections prune and search.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the forward passes: float32, bfloat16, float16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every random choice.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -50,28 +50,25 @@ def search(
     from llmprune.progress import Reporter
     from llmprune.report.searched import budget_sentences, scan_table, sweep_table
 
-    found = llmprune.search(
-        model,
-        out=out,
-        recipe=recipe,
-        reporter=Reporter(quiet=quiet),
-        methods=methods,
-        amounts=amounts,
-        perplexity=perplexity,
-        sweep=sweep,
-        scan=scan,
-        budget=budget,
-        latency=latency,
-        max_windows=max_windows,
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        trust_remote_code=trust_remote_code or None,
-        **read_settings(settings or [], NO_SETTINGS),
-    )
+    given: dict[str, Any] = {
+        "methods": methods,
+        "amounts": amounts,
+        "perplexity": perplexity,
+        "sweep": sweep,
+        "scan": scan,
+        "budget": budget,
+        "latency": latency,
+        "max_windows": max_windows,
+        "calibration": calibration,
+        "samples": samples,
+        "seqlen": seqlen,
+        "device": device,
+        "dtype": dtype,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code or None,
+    }
+    given |= read_settings(settings, NO_SETTINGS)
+    found = llmprune.search(model, out=out, recipe=recipe, reporter=Reporter(quiet=quiet), **given)
     if as_json:
         print(json.dumps(found))
         return

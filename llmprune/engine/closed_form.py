@@ -10,7 +10,7 @@ from llmprune.engine.fold import output_axis
 from llmprune.engine.observe import Observe, Product
 from llmprune.engine.reconstruct import output_of, squared
 from llmprune.engine.rescale import rescale
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.kernels.gram import cross_update_, gram_update_
 from llmprune.linalg import scaled
 from llmprune.solvers.least_squares import least_squares
@@ -21,7 +21,6 @@ DAMPING = 0.01
 # of what a vector makes out: by how much outputs may differ from a straight line, in half precision
 AFFINE = 1e-2
 
-Calls = list[tuple[Call, torch.Tensor]]
 Values = dict[str, torch.Tensor]
 
 

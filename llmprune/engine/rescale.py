@@ -8,12 +8,12 @@ from llmprune.arch.discover import Unit
 from llmprune.arch.sublayers import MLP, halves
 from llmprune.engine.fold import output_axis
 from llmprune.engine.reconstruct import output_of, squared
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.engine.trunk import silenced
 
 
 def rescale(
-    unit: Unit, storage: dict[str, torch.dtype], calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]
+    unit: Unit, storage: dict[str, torch.dtype], calls: Calls, targets: list[torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], float, float]:
     """New values of the matrices that the MLP of a loaded layer writes with: rows scaled, zeros where they were.
 

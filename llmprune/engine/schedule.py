@@ -26,11 +26,10 @@ from llmprune.engine.dense import DenseStream, Inputs
 from llmprune.engine.observe import InputKey, Observe, Product, input_key
 from llmprune.engine.residual import Residual, recorded, writers
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import DONE, Call, Stop, Suspended, first_tensor
+from llmprune.engine.suspend import DONE, Calls, Stop, Suspended, first_tensor
 from llmprune.statistics import DRIFT, Stats
 from llmprune.types import RunError
 
-SCHEDULES = ("layer", "module")
 USED_AGAIN = "of all uses of the matrix in its layer, before anything in the layer was pruned"
 
 
@@ -53,7 +52,7 @@ class Work(Protocol):
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         """Prune the matrices whose statistics are given; uses the dict up."""
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         """Fit the solved `unit`, whose calls and present outputs are given, to the dense model's outputs.
 
         Returns whether its weights may have changed, which those of a unit that was finished before never do.

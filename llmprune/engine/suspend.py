@@ -19,6 +19,8 @@ from llmprune.types import RunError
 
 # Arguments of a module, as its forward hook saw them.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+# The calls of a layer, one a batch, each with what it now puts out.
+Calls = list[tuple[Call, torch.Tensor]]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +19,14 @@ from llmprune.checkpoint.verify import verify
 from llmprune.device import choose_device, choose_dtype
 from llmprune.engine import schedule
 from llmprune.engine.closed_form import fit_layer
-from llmprune.engine.reconstruct import output_of, refit
+from llmprune.engine.reconstruct import output_of, reconstruct
 from llmprune.engine.share import Share
-from llmprune.engine.suspend import Call
+from llmprune.engine.suspend import Calls
 from llmprune.kernels.product import FastLinear
 from llmprune.memory import PeakMemory
 from llmprune.methods import make_options
 from llmprune.progress import Reporter
-from llmprune.record import versions
+from llmprune.record import key_of, versions
 from llmprune.recovery.data import Sequences, read_corpus
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
 from llmprune.recovery.recipe import Recovery, Training
@@ -149,11 +147,11 @@ class Blockwise:
             "recipe": self.recipe.model_dump(exclude={"model"}),
             "model": self.checkpoint.fingerprint(),
             "parent": self.parent.fingerprint(),
-            "text": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+            "text": self.text.digest(),
             "versions": versions(),
             "device": self.device.type,
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return key_of(decides)
 
     def _finish(self, weights: Streamed, memory: PeakMemory) -> None:
         recipe = self.recipe
@@ -162,7 +160,7 @@ class Blockwise:
             "versions": versions(),
             "data": {
                 "source": recipe.data.source,
-                "hash": hashlib.sha256(self.text.ids_NT.numpy().tobytes()).hexdigest(),
+                "hash": self.text.digest(),
                 "sequences": len(self.text),
                 "seqlen": self.text.ids_NT.shape[1],
             },
@@ -202,7 +200,7 @@ class _Refit:
     def solve(self, unit: Unit, stats: dict[str, Stats], transposed: dict[str, bool]) -> None:
         raise AssertionError("nothing is pruned here")
 
-    def reconstruct(self, unit: Unit, calls: list[tuple[Call, torch.Tensor]], targets: list[torch.Tensor]) -> bool:
+    def reconstruct(self, unit: Unit, calls: Calls, targets: list[torch.Tensor]) -> bool:
         if unit.name not in self._open:
             return False
         storage = {name: self._weights.storage_dtype(unit.prefix + name) for name in _own(unit)}
@@ -218,7 +216,7 @@ class _Refit:
         self,
         unit: Unit,
         storage: dict[str, torch.dtype],
-        calls: list[tuple[Call, torch.Tensor]],
+        calls: Calls,
         targets: list[torch.Tensor],
     ) -> tuple[float, float]:
         """Fit the parts of a layer one after the other; its error before and after."""
@@ -227,7 +225,7 @@ class _Refit:
         for names in _parts(unit, self._options.parts):
             # a zero elsewhere, as in a bias, is a value like any other
             kept = {name: (unit.module.get_parameter(name) != 0) | (name not in matrices) for name in names}
-            before, after = refit(
+            before, after = reconstruct(
                 unit.module,
                 {name: self._weights.places(unit, unit.prefix + name) for name in names},
                 kept,

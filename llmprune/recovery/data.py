@@ -46,6 +46,10 @@ class Sequences:
         """How many tokens are predicted: every label but those at the start of a sequence."""
         return int((self.labels_NT[:, 1:] != IGNORED).sum())
 
+    def digest(self) -> str:
+        """A hash of the token ids."""
+        return hashlib.sha256(self.ids_NT.numpy().tobytes()).hexdigest()
+
     def rows(self, numbers: list[int]) -> Sequences:
         return Sequences(self.ids_NT[numbers], self.labels_NT[numbers])
 

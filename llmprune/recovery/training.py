@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -26,7 +25,7 @@ from llmprune.device import choose_device
 from llmprune.eval.perplexity import open_model
 from llmprune.memory import PeakMemory
 from llmprune.progress import Reporter
-from llmprune.record import versions
+from llmprune.record import key_of, versions
 from llmprune.recovery.data import read_corpus
 from llmprune.recovery.distill import Beside, precompute
 from llmprune.recovery.history import parent_of, read_history, run_record, with_recovery
@@ -169,7 +168,7 @@ class TrainingRun:
             "versions": library_versions(),
             "device": self.processes.device.type,
         }
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return key_of(decides)
 
     # The training, and after it.
 

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader
 
+from llmprune.checkpoint.output import REPORT_NAME
 from llmprune.report import words
 from llmprune.report.front import costs
 from llmprune.report.searched import budget_sentences, calibrated, scan_table, sweep_table
@@ -27,7 +28,7 @@ BUDGET = 1.1
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The report of a pruned model, named after its folder; raises UserError if there is none."""
-    path = folder / "llmprune.json"
+    path = folder / REPORT_NAME
     try:
         run: dict[str, Any] = json.loads(path.read_text())
         if not all(key in run for key in ("recipe", "tensors", "totals", "versions", "run")):

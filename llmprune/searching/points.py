@@ -19,7 +19,7 @@ from llmprune.eval import speed
 from llmprune.eval.perplexity import measure, open_model
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe
-from llmprune.record import versions
+from llmprune.record import key_of, versions
 from llmprune.searching.asked import Search, recipe_at
 
 
@@ -86,7 +86,7 @@ class Points:
     def _once(self, what: dict[str, Any], recipe: Recipe, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The point, from its file or measured now; `work` gets a folder for what it writes."""
         decides = [what, recipe.model_dump(mode="json", exclude={"model"}), self._decides]
-        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:24]
+        key = key_of(decides)[:24]
         path = self._folder / f"{key}.json"
         if path.is_file():
             point: dict[str, Any] = json.loads(path.read_text())
@@ -119,5 +119,6 @@ class Points:
 
 
 def _digest(spec: str, split: str) -> str:
+    """Of the text itself, which is read: points outlive a run, and what a SPEC names on the Hub may change."""
     text = "\n\n".join(calibration.read_documents(spec, split=split))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -7,37 +7,17 @@ choice in the method was made on; choices are made with `--held-out`, on the las
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import quality
 import record
 
-import llmprune
-
 MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
 METHODS = ("sparsegpt", "auto-fast", "auto")
 AMOUNTS = {key: quality.AMOUNTS[key] for key in ("50 %", "2:4", "70 %")}
-
-
-def one(
-    model: Path, text: quality.Text, method: str, amount: dict[str, Any], samples: int, seed: int
-) -> tuple[float, float]:
-    """Perplexity of the pruned model, and the seconds of the run."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = llmprune.prune(
-            model,
-            out=Path(folder) / "out",
-            method=method,
-            calibration=text.calibration,
-            samples=samples,
-            seqlen=256,
-            seed=seed,
-            **amount,
-        )
-        return quality.perplexity(Path(folder) / "out", text.evaluation)["ppl"], result.report["run"]["seconds"]
 
 
 def main() -> None:
@@ -50,37 +30,23 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="where the parts of the calibration text go")
     parser.add_argument("--name", default="auto", help="of the record under benchmarks/")
     arguments = parser.parse_args()
-    rows, kept = [], []
-    for name in arguments.models:
+    kept: list[dict[str, Any]] = []
+    for name, label in itertools.product(arguments.models, arguments.amounts):
         model, text = record.SHARED / "models" / name, quality.text_of(name, arguments.held_out)
         dense = quality.perplexity(model, text.evaluation)["ppl"]
-        for label in arguments.amounts:
-            runs = [
-                {
-                    method: one(model, text, method, AMOUNTS[label], arguments.samples, seed)
-                    for method in arguments.methods
-                }
-                for seed in arguments.seeds
-            ]
-            kept.append({"model": name, "amount": label, "dense": dense, "runs": runs})
+        kept.append({"model": name, "amount": label, "dense": dense, "runs": []})
+        for seed in arguments.seeds:
+            run = {}
             for method in arguments.methods:
-                reference = [run[arguments.methods[0]] for run in runs]
-                closed = [
-                    (base - run[method][0]) / (base - dense) for run, (base, _) in zip(runs, reference, strict=True)
-                ]
-                ratios = [run[method][1] / seconds for run, (_, seconds) in zip(runs, reference, strict=True)]
-                rows.append(
-                    [
-                        f"{name} (dense {dense:.3f})",
-                        label,
-                        method,
-                        _spread([run[method][0] for run in runs], ".3f"),
-                        _spread([100 * share for share in closed], ".1f") + " %",
-                        _spread([run[method][1] for run in runs], ".1f") + " s",
-                        _spread(ratios, ".1f") + " ×",
-                    ]
-                )
-                print(*rows[-1], flush=True)
+                found = quality.one(model, text, AMOUNTS[label], samples=arguments.samples, method=method, seed=seed)
+                run[method] = (found["ppl"], found["seconds"])
+                print(name, label, seed, method, *run[method], flush=True)
+            kept[-1]["runs"].append(run)
+            save(arguments, kept)
+
+
+def save(arguments: argparse.Namespace, kept: list[dict[str, Any]]) -> None:
+    rows = [_row(one, method, arguments.methods[0]) for one in kept for method in arguments.methods]
     note = (
         f"\nCalibration: {arguments.samples} x 256 tokens of the model's calibration text, seeds {arguments.seeds}"
         f"{' (mean ± sd)' if len(arguments.seeds) > 1 else ''}. Evaluation: at most {quality.WINDOWS} windows of 256 "
@@ -89,8 +55,25 @@ def main() -> None:
     )
     table = record.table(["model", "amount", "method", "perplexity", "gap closed", "time", "time ×"], rows)
     record.save(
-        arguments.name, {"environment": record.environment(), "protocol": note.strip(), "results": kept}, table + note
+        arguments.name,
+        {"environment": record.environment(), "protocol": note.strip(), "results": kept},
+        table + note,
+        echo=False,
     )
+
+
+def _row(found: dict[str, Any], method: str, first: str) -> list[str]:
+    """A method's perplexities and times, and what they are to those of the first method in the same runs."""
+    dense, pairs = found["dense"], [(run[method], run[first]) for run in found["runs"]]
+    return [
+        f"{found['model']} (dense {dense:.3f})",
+        found["amount"],
+        method,
+        _spread([ppl for (ppl, _), _ in pairs], ".3f"),
+        _spread([100 * (base - ppl) / (base - dense) for (ppl, _), (base, _) in pairs], ".1f") + " %",
+        _spread([seconds for (_, seconds), _ in pairs], ".1f") + " s",
+        _spread([seconds / base for (_, seconds), (_, base) in pairs], ".1f") + " ×",
+    ]
 
 
 def _spread(values: list[float], form: str) -> str:

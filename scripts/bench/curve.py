@@ -7,27 +7,15 @@ the largest of these counts of text of the other kind.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import quality
 import record
 
-import llmprune
-
 COUNTS = (16, 32, 64, 128, 256, 512)
 METHODS = ("wanda", "sparsegpt", "auto-fast", "auto")
 OTHER = {"tales-llama": "mix-qwen3", "mix-qwen3": "tales-llama", "tales-qwen3moe": "mix-qwen3"}
-
-
-def one(model: Path, text: quality.Text, method: str, amount: dict[str, Any], samples: int) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        settings = {"calibration": text.calibration, "samples": samples, "seqlen": 256, "seed": 0}
-        llmprune.prune(model, out=out, method=method, **settings, **amount)
-        ppl: float = quality.perplexity(out, text.evaluation)["ppl"]
-    return ppl
 
 
 def main() -> None:
@@ -44,11 +32,19 @@ def main() -> None:
         dense = quality.perplexity(model, text.evaluation)["ppl"]
         foreign = text._replace(calibration=quality.text_of(OTHER[name]).calibration)
         for method in arguments.methods:
-            own = {count: one(model, text, method, amount, count) for count in arguments.counts}
-            other = one(model, foreign, method, amount, most)
+            own = {count: ppl(model, text, amount, count, method) for count in arguments.counts}
+            other = ppl(model, foreign, amount, most, method)
             found.append({"model": name, "dense": dense, "method": method, "own": own, "other": other})
             print(found[-1], flush=True)
-    heads = ["model", "method", *map(str, arguments.counts), f"{most} of other text"]
+            save(arguments, found)
+
+
+def ppl(model: Path, text: quality.Text, amount: dict[str, Any], samples: int, method: str) -> float:
+    return float(quality.one(model, text, amount, samples=samples, method=method)["ppl"])
+
+
+def save(arguments: argparse.Namespace, found: list[dict[str, Any]]) -> None:
+    heads = ["model", "method", *map(str, arguments.counts), f"{max(arguments.counts)} of other text"]
     rows = [
         [f"{row['model']} (dense {row['dense']:.3f})", row["method"]]
         + [f"{ppl:.3f}" for ppl in (*row["own"].values(), row["other"])]
@@ -59,8 +55,8 @@ def main() -> None:
         "float32, after calibration on so many sequences of 256 tokens, seed 0. Other text: for the tales models web "
         "text, for mix-qwen3 tales.\n"
     )
-    save = {"environment": record.environment(), "protocol": note.strip(), "results": found}
-    record.save("curve", save, record.table(heads, rows) + note)
+    saved = {"environment": record.environment(), "protocol": note.strip(), "results": found}
+    record.save("curve", saved, record.table(heads, rows) + note, echo=False)
 
 
 if __name__ == "__main__":

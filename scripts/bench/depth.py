@@ -12,10 +12,11 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import quality
 import record
 import torch
 from torch.nn import functional as F
@@ -29,7 +30,6 @@ from llmprune.engine.trunk import Trunk, token_losses
 from llmprune.eval.perplexity import open_model
 from llmprune.weights import Resident
 
-MODELS = {"tales-llama": "tales", "mix-qwen3": "web", "tales-qwen3moe": "tales"}
 PROTECTED = {"protect_first": 1, "protect_last": 1}
 DEPTH: dict[str, dict[str, Any]] = {
     "keep-first": {},
@@ -48,6 +48,7 @@ DEPTH: dict[str, dict[str, Any]] = {
     "llm-drop joint": {"half": "joint"},
 }
 EXPERTS = ("reap", "expert-frequency", "expert-norm", "expert-subset", "hc-smoe", "m-smoe")
+WINDOWS = 40
 PAIRS = 300
 
 
@@ -70,27 +71,24 @@ def likelihood(model: Any, tokenizer: Any, text: str) -> float:
     return -float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
 
 
-def measured(folder: Path, text: str) -> dict[str, Any]:
-    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
-    found = llmprune.evaluate(folder, perplexity=spec, seqlen=256, max_windows=40, dtype="float32")
-    return {"ppl": found["perplexity"][spec]["ppl"], "blimp": blimp(folder, text)}
+def measured(folder: Path, name: str) -> dict[str, Any]:
+    ppl = quality.perplexity(folder, quality.text_of(name).evaluation, windows=WINDOWS)["ppl"]
+    return {"ppl": ppl, "blimp": blimp(folder, quality.MODELS[name])}
 
 
-def pruned(model: Path, text: str, method: str, **settings: Any) -> dict[str, Any]:
+def pruned(name: str, method: str, **settings: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = llmprune.prune(
-            model,
+            record.SHARED / "models" / name,
             out=Path(folder) / "out",
             method=method,
-            calibration=None
-            if method == "keep-first"
-            else f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+            calibration=None if method == "keep-first" else quality.text_of(name).calibration,
             samples=16,
             seqlen=256,
             **settings,
         ).report
         return {
-            **measured(Path(folder) / "out", text),
+            **measured(Path(folder) / "out", name),
             "seconds": report["run"]["seconds"],
             "params": report["totals"]["params_after"] / report["totals"]["params_before"],
             "zeros": report["totals"]["zeros"] / report["totals"]["params_before"],
@@ -98,22 +96,23 @@ def pruned(model: Path, text: str, method: str, **settings: Any) -> dict[str, An
         }
 
 
-def run_model(name: str, only: list[str], found: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the rows of a model, all or those of some methods."""
-    model, text = record.SHARED / "models" / name, MODELS[name]
-    found["dense"] = measured(model, text)
+def run_model(name: str, only: list[str], found: dict[str, Any]) -> Iterator[str]:
+    """Fill in the rows of a model, all or those of some methods, and give the name of each."""
+    found["dense"] = measured(record.SHARED / "models" / name, name)
+    yield "dense"
     if name == "tales-qwen3moe":
         for method in [one for one in EXPERTS if not only or one in only]:
             for share in (0.25, 0.5):
-                found[f"{method} {share:.0%}"] = pruned(model, text, method, drop_experts=share)
-        return found
+                found[f"{method} {share:.0%}"] = pruned(name, method, drop_experts=share)
+                yield f"{method} {share:.0%}"
+        return
     for label, options in [one for one in DEPTH.items() if not only or one[0] in only]:
         for count in (1, 2, 3):
             try:
-                found[f"{label} {count}"] = pruned(model, text, label.split()[0], drop_layers=count, options=options)
+                found[f"{label} {count}"] = pruned(name, label.split()[0], drop_layers=count, options=options)
+                yield f"{label} {count}"
             except llmprune.UserError as error:
                 print(f"{name}, {label} {count}: {error}")
-    return found
 
 
 def fastest(calls: dict[str, Callable[[], Any]], times: int = 7) -> dict[str, float]:
@@ -224,25 +223,27 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[], help="only these rows of the tables")
     parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
-    stored = record.FOLDER / "depth.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}, "cost": {}}
+    saved: dict[str, Any] = {"results": {}, "cost": {}, **record.load("depth")}
+    record.enter(saved)
+    saved["protocol"] = " ".join((__doc__ or "").split())
     for name in arguments.models:
-        saved["results"][name] = run_model(name, arguments.methods, saved["results"].get(name, {}))
-        print(name, {key: round(one["ppl"], 3) for key, one in saved["results"][name].items()}, flush=True)
+        found = saved["results"].setdefault(name, {})
+        for label in run_model(name, arguments.methods, found):
+            print(name, label, found[label], flush=True)
+            save(saved)
     if arguments.cost:
         torch.set_num_threads(1)
         saved["cost"] = cost()
-    saved["protocol"] = " ".join((__doc__ or "").split())
+        save(saved)
+
+
+def save(saved: dict[str, Any]) -> None:
     note = (
         f"\n{saved['protocol']}\n\n`blockpruner` and `llm-drop` count halves of layers: what no plain class can leave out is "
         "filled with zeros. `llm-drop` removes attentions only.\n"
     )
-    saved["environment"] = record.environment()
-    commands = saved.setdefault("commands", [])
-    commands.append(saved["environment"]["command"])
-    saved["environment"]["command"] = "; ".join(dict.fromkeys(commands))
     markdown = note + table(saved["results"]) + (cost_text(saved["cost"]) if saved["cost"] else "")
-    record.save("depth", saved, markdown.lstrip())
+    record.save("depth", saved, markdown.lstrip(), echo=False)
 
 
 if __name__ == "__main__":

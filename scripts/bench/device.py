@@ -6,7 +6,6 @@ Without a GPU everything runs on the CPU too, so that a script can be tried ther
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -148,16 +147,9 @@ def run_parts(name: str, parts: dict[str, Iterator[Row]], head: str, *, quick: b
             print(part, row, flush=True)
             if not quick:
                 environment = record.environment("triton")
-                measured = recorded(name) | {part: {"environment": environment, "rows": done}}
+                measured = record.load(name).get("measured", {}) | {part: {"environment": environment, "rows": done}}
                 text = head + "".join(_section(title, one) for title, one in measured.items())
                 record.save(name, {"environment": environment, "measured": measured}, text, echo=False)
-
-
-def recorded(name: str) -> dict[str, Any]:
-    """The parts of a record by name; none where there is no record."""
-    path = record.FOLDER / f"{name}.json"
-    found: dict[str, Any] = json.loads(path.read_text())["measured"] if path.is_file() else {}
-    return found
 
 
 def _section(title: str, part: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -111,11 +110,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="where the parts of the calibration text go")
     parser.add_argument("--name", default="family", help="of the record under benchmarks/")
     arguments = parser.parse_args()
-    path = record.FOLDER / f"{arguments.name}.json"
-    saved: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"commands": [], "results": {}}
-    environment = record.environment()
-    saved["commands"] = list(dict.fromkeys([*saved["commands"], environment["command"]]))
-    saved["environment"] = environment | {"command": "; ".join(saved["commands"])}
+    saved: dict[str, Any] = {"results": {}, **record.load(arguments.name)}
+    record.enter(saved)
     ends = time.monotonic() + 60 * arguments.minutes
     for cell in cells(arguments):
         text = quality.text_of(cell.model, arguments.held_out)

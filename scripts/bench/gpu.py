@@ -34,7 +34,6 @@ from device import (
     here,
     need_gpu,
     random,
-    recorded,
     run_parts,
     seconds,
     seconds_eager,
@@ -217,7 +216,7 @@ PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {
 
 def unchecked() -> str | None:
     """Why times of this GPU are not worth taking yet; None if `check` has passed on it with these versions."""
-    check, now = recorded("gpu").get("check"), record.environment("triton")
+    check, now = record.load("gpu").get("measured", {}).get("check"), record.environment("triton")
     if check is None:
         return "`check` comes first"
     same = all(check["environment"][key] == now[key] for key in ("hardware", "versions"))

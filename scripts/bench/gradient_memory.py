@@ -45,8 +45,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoints")
     arguments = parser.parse_args()
-    stored = record.FOLDER / "gradient_memory.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"rows": {}, "bytes": {}}
+    saved: dict[str, Any] = {"rows": {}, "bytes": {}, **record.load("gradient_memory")}
     for layers in arguments.layers:
         folder = Path(tempfile.mkdtemp(dir=arguments.scratch))
         try:

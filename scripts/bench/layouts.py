@@ -8,16 +8,17 @@ out halves of layers, `hc-smoe` and `m-smoe` merge experts.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import quality
 import record
 
 import llmprune
 
-MODELS = {"tales-llama": "tales", "mix-qwen3": "web", "tales-qwen3moe": "tales"}
+MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
+WINDOWS = 60
 RATIOS = (0.1, 0.2, 0.3)
 PLAIN, CODE = "plain", "remote-code"
 WIDTH: list[tuple[str, str, dict[str, Any]]] = [
@@ -39,27 +40,21 @@ EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def measured(folder: Path, text: str) -> float:
-    spec = f"file:{record.SHARED / 'data' / f'{text}-eval.txt'}"
-    found = llmprune.evaluate(folder, perplexity=spec, seqlen=256, max_windows=60, dtype="float32")
-    return float(found["perplexity"][spec]["ppl"])
-
-
 def row(name: str, layout: str, settings: dict[str, Any]) -> dict[str, Any]:
-    text = MODELS[name]
+    text = quality.text_of(name)
     with tempfile.TemporaryDirectory() as folder:
         report = llmprune.prune(
             record.SHARED / "models" / name,
             out=Path(folder) / "out",
             layout=layout,
-            calibration=f"file:{record.SHARED / 'data' / f'{text}-calibration.txt'}",
+            calibration=text.calibration,
             samples=32,
             seqlen=256,
             **settings,
         ).report
         totals = report["totals"]
         return {
-            "ppl": measured(Path(folder) / "out", text),
+            "ppl": quality.perplexity(Path(folder) / "out", text.evaluation, windows=WINDOWS)["ppl"],
             "params": totals["params_after"],
             "zeros": totals["zeros"],
             "hidden": report["structure"].get("hidden"),
@@ -85,24 +80,24 @@ def table(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--note", default="", help="what should be known of the machine, such as what else ran")
     arguments = parser.parse_args()
-    stored = record.FOLDER / "layouts.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
+    saved: dict[str, Any] = {"results": {}, **record.load("layouts")}
+    saved["protocol"] = " ".join((__doc__ or "").split())
+    saved["note"] = arguments.note
+    saved["environment"] = record.environment()
     for name in arguments.models:
         folder = record.SHARED / "models" / name
         model = llmprune.load(folder)
         params = sum(one.numel() for one in model.parameters())
-        found = saved["results"][name] = {"dense": {"ppl": measured(folder, MODELS[name]), "params": params}}
+        ppl = quality.perplexity(folder, quality.text_of(name).evaluation, windows=WINDOWS)["ppl"]
+        found = saved["results"][name] = {"dense": {"ppl": ppl, "params": params}}
         for label, layout, settings in EXPERTS if name == "tales-qwen3moe" else [*WIDTH, *HALVES]:
             found[f"{label}|{layout}"] = row(name, layout, settings)
             print(name, label, layout, found[f"{label}|{layout}"], flush=True)
-        saved["protocol"] = " ".join((__doc__ or "").split())
-        saved["note"] = arguments.note
-        saved["environment"] = record.environment()
-        note = f"{arguments.note}\n" if arguments.note else ""
-        record.save("layouts", saved, f"{saved['protocol']}\n\n{note}{table(saved['results'])}")
+            note = f"{arguments.note}\n" if arguments.note else ""
+            record.save("layouts", saved, f"{saved['protocol']}\n\n{note}{table(saved['results'])}", echo=False)
 
 
 if __name__ == "__main__":

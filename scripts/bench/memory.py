@@ -108,7 +108,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoints")
     arguments = parser.parse_args()
-    rows = [measure(layers, arguments.scratch) for layers in arguments.layers]
+    rows: list[dict[str, Any]] = []
+    for layers in arguments.layers:
+        rows.append(measure(layers, arguments.scratch))
+        save(rows)
+
+
+def save(rows: list[dict[str, Any]]) -> None:
     growth = rows[-1]["peak"]["anonymous"] / rows[0]["peak"]["anonymous"] - 1
     lines = [
         [

@@ -204,16 +204,13 @@ def main() -> None:
         for run in planned()
         if run.tool in arguments.tools and (not arguments.methods or run.method in arguments.methods)
     ]
-    stored = record.FOLDER / "peers_quality.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
+    saved: dict[str, Any] = {"results": {}, **record.load("peers_quality")}
+    record.enter(saved)
+    saved["note"] = arguments.note or saved.get("note", "")
     saved["protocol"] = " ".join((__doc__ or "").rpartition("\n\n")[2].split())
     for name in arguments.models:
         found = saved["results"].setdefault(name, {})
         for _ in fill(name, runs, found, arguments.repeats, arguments.limit):
-            saved["environment"] = record.environment()
-            saved["commands"] = list(dict.fromkeys([*saved.get("commands", []), saved["environment"]["command"]]))
-            saved["environment"]["command"] = "; ".join(saved["commands"])
-            saved["note"] = arguments.note or saved.get("note", "")
             page = markdown(saved["results"], f"{saved['protocol']} {saved['note']}".strip())
             record.save("peers_quality", saved, page)
 

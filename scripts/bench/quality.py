@@ -56,9 +56,9 @@ def text_of(model: str, held_out: Path | None = None) -> Text:
     return Text(*(f"file:{part}" for part in parts))
 
 
-def perplexity(model: Path, spec: str) -> dict[str, Any]:
+def perplexity(model: Path, spec: str, windows: int = WINDOWS) -> dict[str, Any]:
     measured: dict[str, Any] = llmprune.evaluate(
-        model, perplexity=spec, seqlen=256, max_windows=WINDOWS, dtype="float32"
+        model, perplexity=spec, seqlen=256, max_windows=windows, dtype="float32"
     )["perplexity"][spec]
     return measured
 
@@ -81,18 +81,21 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name in arguments.models:
         model, text = record.SHARED / "models" / name, text_of(name, arguments.held_out)
-        results[name] = {"text": text, "dense": perplexity(model, text.evaluation)}
+        found = results[name] = {"text": text, "dense": perplexity(model, text.evaluation)}
         for method in arguments.methods:
             for label, amount in AMOUNTS.items():
-                results[name][f"{method} {label}"] = one(
-                    model, text, amount, method=method, schedule=arguments.schedule
-                )
-        print(name, {key: round(value["ppl"], 3) for key, value in results[name].items() if key != "text"}, flush=True)
+                key = f"{method} {label}"
+                found[key] = one(model, text, amount, method=method, schedule=arguments.schedule)
+                print(name, key, f"{found[key]['ppl']:.3f}", flush=True)
+                save(arguments, results)
+
+
+def save(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     rows = [
-        [f"{name} (dense {found['dense']['ppl']:.3f})", method]
-        + [
-            f"{found[f'{method} {label}']['ppl']:.3f}{'*' if found[f'{method} {label}']['left_dense'] else ''}"
-            for label in AMOUNTS
+        [
+            f"{name} (dense {found['dense']['ppl']:.3f})",
+            method,
+            *(_cell(found.get(f"{method} {label}")) for label in AMOUNTS),
         ]
         for name, found in results.items()
         for method in arguments.methods
@@ -103,8 +106,14 @@ def main() -> None:
         "gpt-nano-sort is no language model and has no text; it is not in the table.\n"
         "* down_proj left dense: the pattern does not divide its inputs.\n"
     )
-    save = {"environment": record.environment(), "protocol": note.strip(), "results": results}
-    record.save(arguments.name, save, record.table(["model", "method", *AMOUNTS], rows) + note)
+    saved = {"environment": record.environment(), "protocol": note.strip(), "results": results}
+    record.save(arguments.name, saved, record.table(["model", "method", *AMOUNTS], rows) + note, echo=False)
+
+
+def _cell(one: dict[str, Any] | None) -> str:
+    if one is None:
+        return "–"
+    return f"{one['ppl']:.3f}{'*' if one['left_dense'] else ''}"
 
 
 def one(model: Path, text: Text, amount: dict[str, Any], samples: int = 64, **settings: Any) -> dict[str, Any]:

@@ -37,6 +37,20 @@ def _gpu() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 
 
+def load(name: str) -> dict[str, Any]:
+    """What `benchmarks/NAME.json` holds; nothing if it is not there."""
+    path = FOLDER / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def enter(saved: dict[str, Any], *packages: str) -> None:
+    """Enter the environment of this run into a record that is made in several, with the commands of all."""
+    saved["environment"] = environment(*packages)
+    saved["commands"] = list(dict.fromkeys([*saved.get("commands", []), saved["environment"]["command"]]))
+    saved["environment"]["command"] = "; ".join(saved["commands"])
+
+
 def save(name: str, record: dict[str, Any], markdown: str, echo: bool = True) -> None:
     """Write `benchmarks/NAME.json` and `benchmarks/NAME.md`."""
     FOLDER.mkdir(exist_ok=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -56,8 +55,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=None, help="stop after so many new figures")
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
-    path = record.FOLDER / "recover.json"
-    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() and not arguments.again else {}
+    results: dict[str, Any] = {} if arguments.again else record.load("recover").get("results", {})
     cells = [
         (name, amount, kind)
         for amount in arguments.amounts

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import record
+from quality import HELD_OUT, MODELS
 
 import llmprune
 from llmprune.progress import Reporter
 from llmprune.report.searched import scan_table
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-TEXTS = {"tales-llama": "tales", "mix-qwen3": "web"}
-HELD_OUT = 0.15
 
 
 def split(text: Path, folder: Path) -> tuple[str, str]:
@@ -40,12 +39,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
-    rows, scans = [], ""
+    rows: list[list[str]] = []
+    scans = ""
     for model in arguments.models:
         dense = record.SHARED / "models" / model
-        evaluation = f"file:{record.SHARED / 'data' / f'{TEXTS[model]}-eval.txt'}"
+        evaluation = f"file:{record.SHARED / 'data' / f'{MODELS[model]}-eval.txt'}"
         with tempfile.TemporaryDirectory() as name:
-            first, end = split(record.SHARED / "data" / f"{TEXTS[model]}-calibration.txt", Path(name))
+            first, end = split(record.SHARED / "data" / f"{MODELS[model]}-calibration.txt", Path(name))
             found = llmprune.search(
                 dense, out=Path(name) / "search", methods=list(METHODS), amounts=[0.5], scan=True,
                 budget=arguments.budget, perplexity=end, max_windows=arguments.windows, calibration=first, samples=32,
@@ -76,6 +76,10 @@ def main() -> None:
             scans += record.table(heads, lines)
             text = json.dumps(found).replace(name, "OUT").replace(str(record.SHARED), "../shared")
             results[model] = json.loads(text)
+        save(arguments, results, rows, scans)
+
+
+def save(arguments: argparse.Namespace, results: dict[str, Any], rows: list[list[str]], scans: str) -> None:
     heads = [
         "model", "method", "sparsest within", "by layers alone", "× dense, held-out", "× dense, evaluation",
         "put together + whole runs",

@@ -8,7 +8,6 @@ ends, to go on at the next call with the runs that are left.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import signal
@@ -59,8 +58,7 @@ def main() -> None:
     import llmprune.job  # noqa: F401 (once, before the children)
 
     demo = record.ROOT / "llmprune" / "demo" / "model"
-    stored = record.FOLDER / "soak.json"
-    saved = json.loads(stored.read_text()) if stored.is_file() else {}
+    saved = record.load("soak")
     rows: list[dict[str, Any]] = saved["rows"] if saved.get("seed") == arguments.seed else []
     ends = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:

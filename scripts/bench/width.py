@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -26,15 +25,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quality
 import record
 import torch
-from transformers import AutoTokenizer
 
 import llmprune
 from llmprune.eval import speed
-from llmprune.eval.perplexity import measure
 
-MODELS = {"tales-llama": "tales", "mix-qwen3": "web", "tales-qwen3moe": "tales"}
+MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
 RATIOS = (0.1, 0.2, 0.3)
 ALONE, PUBLISHED = "channels alone", "as published"
 DEFAULT = "default (slice-obs)"
@@ -97,14 +95,7 @@ METHODS = {
 }
 
 
-def measured(folder: str | Path, name: str) -> float:
-    model = llmprune.load(folder, dtype="float32").eval()
-    spec = f"file:{record.SHARED / 'data' / f'{MODELS[name]}-eval.txt'}"
-    tokenizer = AutoTokenizer.from_pretrained(record.SHARED / "models" / name)
-    return float(measure(model, tokenizer, spec, seqlen=256, max_windows=120, batch_size=16)["ppl"])
-
-
-def latency(dense: Path, pruned: str) -> dict[str, Any]:
+def latency(dense: Path, pruned: Path) -> dict[str, Any]:
     """Prefill time over that of the dense model, and the load of the machine meanwhile."""
     found = speed.bench({"dense": dense, "pruned": pruned}, prompt=128, new=2, rounds=9, dtype="float32", device="cpu")
     times = {label: row["prefill"]["median_s"] for label, row in found["models"].items()}
@@ -127,7 +118,7 @@ def asked(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
         "method": way.method,
         "options": dict(way.options),
         "ratio": ratio,
-        "calibration": f"file:{record.SHARED / 'data' / f'{MODELS[name]}-calibration.txt'}",
+        "calibration": quality.text_of(name).calibration,
         "samples": 32,
         "seqlen": 256,
         **keys,
@@ -138,7 +129,7 @@ def row_of(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
     """One row; says why where the model's class cannot have what the method adds."""
     source = record.SHARED / "models" / name
     with tempfile.TemporaryDirectory() as folder:
-        out = str(Path(folder) / "out")
+        out = Path(folder) / "out"
         start = time.perf_counter()
         try:
             report = llmprune.prune(source, out=out, **asked(name, label, kind, ratio)).report
@@ -147,7 +138,7 @@ def row_of(name: str, label: str, kind: str, ratio: float) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         totals, structure = report["totals"], report["structure"]
         return {
-            "ppl": measured(out, name),
+            "ppl": quality.perplexity(out, quality.text_of(name).evaluation)["ppl"],
             "params": totals["params_after"] - totals["zeros"],
             "widths": structure.get("widths") or structure.get("hidden"),
             "seconds": seconds,
@@ -161,7 +152,8 @@ def dense_of(name: str) -> dict[str, Any]:
     model = llmprune.load(folder, dtype="float32")
     layers = sum(one.numel() for one in model.model.layers.parameters())
     params = sum(one.numel() for one in model.parameters())
-    return {"ppl": measured(folder, name), "params": params, "layers": layers}
+    ppl = quality.perplexity(folder, quality.text_of(name).evaluation)["ppl"]
+    return {"ppl": ppl, "params": params, "layers": layers}
 
 
 def wanted(names: list[str], labels: list[str], kinds: list[str]) -> Iterator[tuple[str, str, str, float]]:
@@ -252,7 +244,7 @@ def store(saved: dict[str, Any]) -> None:
     saved["protocol"] = " ".join((__doc__ or "").split("\n\n")[1].split())
     saved["environment"] = {**record.environment(), "command": "python scripts/bench/width.py"}
     note = "~: other programs shared the cores, such times say little."
-    record.save("width", saved, markdown(saved["results"], f"{saved['protocol']} {note}"))
+    record.save("width", saved, markdown(saved["results"], f"{saved['protocol']} {note}"), echo=False)
 
 
 def rows_to_do(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
@@ -265,7 +257,7 @@ def rows_to_do(arguments: argparse.Namespace, results: dict[str, Any]) -> Iterat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--kinds", nargs="*", default=[PUBLISHED, ALONE], choices=[PUBLISHED, ALONE])
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further row after so long")
@@ -273,8 +265,7 @@ def main() -> None:
     parser.add_argument("--times", action="store_true", help="measure rows again whose times were disturbed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    stored = record.FOLDER / "width.json"
-    saved: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {"results": {}}
+    saved: dict[str, Any] = {"results": {}, **record.load("width")}
     end = time.monotonic() + 60 * arguments.minutes
     for name, label, kind, ratio in list(rows_to_do(arguments, saved["results"])):
         if time.monotonic() > end:
@@ -285,8 +276,7 @@ def main() -> None:
             found["dense"] = dense_of(name)
         found.setdefault(kind, {}).setdefault(label, {})[str(ratio)] = row = row_of(name, label, kind, ratio)
         print(name, kind, label, ratio, row.get("refused") or cell(row), flush=True)
-        stored.write_text(json.dumps(saved, indent=1) + "\n")
-    store(saved)
+        store(saved)
 
 
 if __name__ == "__main__":
