@@ -15,11 +15,12 @@ from llmprune.checkpoint.layer_lists import refuse_shared_layers
 from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import resolve
 from llmprune.engine.gradient_store import check_gradients
-from llmprune.methods import METHODS, PRESETS, method_of
+from llmprune.methods import METHODS, PRESETS, hidden_of, method_of
 from llmprune.narrowing import widths
 from llmprune.recipe import Recipe
 from llmprune.rotation_plan import plan_rotation
 from llmprune.statistics import FLOW
+from llmprune.two_ways import in_two_ways
 from llmprune.types import UserError
 from llmprune.width_plan import WidthPlan, plan_width
 
@@ -47,9 +48,11 @@ def _rows(model: PreTrainedModel, config: Any, ratio: float) -> Iterator[dict[st
     except UserError as error:
         plan = error
     for name in (*PRESETS, *METHODS):
-        method = method_of(Recipe(method=name))
+        method, alone = method_of(Recipe(method=name)), Recipe(method=name, ratio=ratio, allocation="uniform")
         try:
-            if hasattr(method, "turn"):
+            if hidden_of(alone) > 0:
+                what = _two_ways(model, config, alone, ratio)
+            elif hasattr(method, "turn"):
                 what = _rotation(model, config, Recipe(method=name, ratio=ratio))
             elif method.kind == "width":
                 what = _width(model, method, plan, config, ratio)
@@ -94,14 +97,24 @@ def _width(
             raise plan
         recipe = Recipe(ratio=ratio, allocation="uniform", layout="remote-code")
         plan = plan_width(model, config, recipe, method.whole)
-    method.check(model, plan.asked)
+    method.check(plan.model, plan.asked)
     slicing = plan.example()
     left = [f"{', '.join(map(str, counts))} {kind}s" for kind, counts in widths(slicing).items()]
     before = sum(one.numel() for one in model.parameters())
-    after = before - slicing.parameters_removed
+    after = sum(one.numel() for one in plan.model.parameters()) - slicing.parameters_removed
     what = f"{' and '.join(left)} a layer stay, {after:,} of {before:,} parameters"
     output = "remote-code" if plan.ragged else f"plain ({plan.config_of(slicing).model_type})"
     return {"what": what, "output": output, "params_after": after}
+
+
+def _two_ways(model: PreTrainedModel, config: Any, recipe: Recipe, ratio: float) -> dict[str, Any]:
+    """The hidden state first if a plain class holds it, then or else only what other width methods take out."""
+    ways = in_two_ways(recipe, model, config)
+    then = _width(model, method_of(ways.then), ways.width_plan(model, config), config, ratio)
+    if ways.rotation is None:
+        return then
+    stays = f"{ways.rotation.width} of {ways.rotation.stream.hidden} dimensions of the hidden state"
+    return {**then, "what": f"{stays}, {then['what']}"}
 
 
 def _rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> dict[str, Any]:

@@ -65,6 +65,9 @@ class Width(Strict):
     round_to: int = Field(default=8, ge=1, description="the number of channels that stay divides by this")
     protect_first: int = Field(default=0, ge=0, description="layers at the start that keep their width")
     protect_last: int = Field(default=0, ge=0, description="layers at the end that keep their width")
+    hidden: float | None = Field(
+        default=None, ge=0, lt=1, description="share of what goes that the hidden state loses first, by slicegpt"
+    )
     generations: int = Field(default=30, ge=1, description="of allocation=evolutionary")
     offspring: int = Field(default=32, ge=1, description="candidates in each generation")
     temperature: float = Field(default=0.1, gt=0, description="of allocation=influence: higher is more even")
@@ -161,7 +164,7 @@ class Recipe(Strict):
             if data.get("drop_experts") is not None:
                 return {**data, "method": "reap"}
             if data.get("ratio") is not None or data.get("params") is not None:
-                return {"allocation": "balanced", **data, "method": "group-obs"}
+                return {**data, "method": "slice-obs"}
         return data
 
     def budget(self) -> Budget:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from llmprune import record
 from llmprune.arch.discover import find_units as find_layers
 from llmprune.arch.discover import parameter_count
-from llmprune.checkpoint.rotation import Rotation, Turned
+from llmprune.checkpoint.rotation import Rotation, Turned, aligned
 from llmprune.engine.stream import projected, written
 from llmprune.engine.trunk import Trunk
 from llmprune.plan import Plan
@@ -44,7 +46,10 @@ class Rotating(Restructuring):
         turned: Turned = self.method.turn(trunk, self._stream, self._rotation_plan.width, shared=self._one_basis)
         if turned.shared:
             (final,) = self._stream.roles.final_norm
-            turned.gains[final.removesuffix(".weight")] = self._stored(final, weights).double().cpu()
+            gain_D = self._stored(final, weights).double().cpu()
+            turned.gains[final.removesuffix(".weight")] = gain_D
+            if self._tied:
+                turned.bases = [aligned(turned.bases[0], gain_D)] * len(turned.bases)
         return turned
 
     def _settle(self, decision: Turned) -> str:  # type: ignore[override]
@@ -62,6 +67,7 @@ class Rotating(Restructuring):
         for index in self._layers():
             state |= self._shortcuts(index, self.dtype)
         self._new.load_state_dict(state, strict=False, assign=True)
+        self._new.tie_weights()
         self._new.generation_config = self.model.generation_config
         self.model = self._new.to(self.device)
 
@@ -105,14 +111,15 @@ class Rotating(Restructuring):
             f"{prefix}shortcut_{number}.weight": self._rotation.shortcut(index, number).to(dtype) for number in (0, 1)
         }
 
+    @property
+    def _tied(self) -> bool:
+        """Whether the head is the embeddings, and stays so."""
+        return self._one_basis and self._stream.roles.head is None
+
     def _head(self, weights: Streamed | Resident) -> dict[str, torch.Tensor]:
-        """The output head where it was tied to the embeddings, and cannot be any more."""
+        """The output head where it was tied to the embeddings, which are turned while it is not."""
         tied = self.model.all_tied_weights_keys.get(self._rotation.head)
-        return (
-            {}
-            if tied is None
-            else {self._rotation.head: self._rotation.value(self._rotation.head, self._stored(tied, weights))}
-        )
+        return {} if self._one_basis or tied is None else {self._rotation.head: self._stored(tied, weights)}
 
     def _stored(self, name: str, weights: Streamed | Resident) -> torch.Tensor:
         """A parameter outside the layers as it is stored."""
@@ -143,7 +150,23 @@ class Rotating(Restructuring):
                     for number, half in enumerate(halves):
                         state = state + written(trunk, index, 0, number, half, state)
                         state = projected(self._stream, state, bases[2 * index + number + 1])
-            return trunk.logits(0, state)
+            with self._tied_head(bases[-1]):
+                return trunk.logits(0, state)
+
+    @contextlib.contextmanager
+    def _tied_head(self, basis_Dd: torch.Tensor) -> Iterator[None]:
+        """Within, what enters a head that stays tied is projected: the new one reads nothing outside the basis."""
+
+        def project(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (projected(self._stream, args[0], basis_Dd), *args[1:])
+
+        head: Any = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(project) if self._tied else None
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
 
     def _structure(self) -> tuple[dict[str, Any], int]:
         structure = {

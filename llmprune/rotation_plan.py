@@ -40,8 +40,8 @@ class RotationPlan:
             shapes = {name: one.shape for name, one in self.model.named_parameters()}
             gone: dict[Place, range] = {(None, RESIDUAL): range(self.width, self.stream.hidden)}
             source = narrow_config(self.model, source, Slicing(residual, shapes, gone))
-        # the head takes up the gain of the last norm, or keeps the old basis
-        source.tie_word_embeddings = False
+        else:
+            source.tie_word_embeddings = False  # the head keeps the old basis
         return source
 
     def differ(self, new: PreTrainedModel, *configs: Any) -> None:
@@ -105,13 +105,13 @@ def plan_rotation(model: PreTrainedModel, config: Any, recipe: Recipe) -> Rotati
 
 def _widest(plan: RotationPlan, recipe: Recipe) -> RotationPlan:
     """The plan with the most dimensions, a multiple of `width.round_to`, with which enough parameters go."""
-    step, inside = recipe.width.round_to, _in_layers(plan.model, plan.stream)
+    step, inside = recipe.width.round_to, in_layers(plan.model, plan.stream)
     fewest, most = 1, plan.stream.hidden // step
     while fewest <= most:
         middle = (fewest + most) // 2
         new = replace(plan, width=middle * step).empty()
         if recipe.ratio is not None:
-            enough = _in_layers(new, plan.stream) <= (1 - recipe.ratio) * inside
+            enough = in_layers(new, plan.stream) <= (1 - recipe.ratio) * inside
         else:
             enough = sum(one.numel() for one in new.parameters()) <= (recipe.params or 0)
         fewest, most = (middle + 1, most) if enough else (fewest, middle - 1)
@@ -120,7 +120,8 @@ def _widest(plan: RotationPlan, recipe: Recipe) -> RotationPlan:
     return replace(plan, width=most * step)
 
 
-def _in_layers(model: PreTrainedModel, stream: Stream) -> int:
+def in_layers(model: PreTrainedModel, stream: Stream) -> int:
+    """How many parameters the decoder layers have."""
     return sum(one.numel() for one in model.get_submodule(stream.roles.path).parameters())
 
 

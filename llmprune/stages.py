@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedModel
 
 from llmprune import ranks
 from llmprune.checkpoint.output import REPORT_NAME, Output, read_report, write_json
+from llmprune.checkpoint.skeleton import build_skeleton, load_config
 from llmprune.checkpoint.source import Checkpoint, resolve
 from llmprune.inspection import zeros_of_layers
 from llmprune.job import Job
 from llmprune.memory import PeakMemory
-from llmprune.methods import method_class, method_of
+from llmprune.methods import hidden_of, method_class, method_of
 from llmprune.narrowing import Narrowing
 from llmprune.progress import Reporter
 from llmprune.recipe import Recipe, stages_of
 from llmprune.restructuring import Restructuring
 from llmprune.result import Result
 from llmprune.rotating import Rotating
+from llmprune.two_ways import TwoWays, in_two_ways
 from llmprune.types import UserError
 
 Model: TypeAlias = PreTrainedModel | None
@@ -43,10 +47,18 @@ def run(
 ) -> Result:
     """Do what the recipe says. Raises UserError before anything is written, RunError when the run fails.
 
-    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done; a dry run shows the
-    first stage, since the others depend on what it leaves.
+    With stages, models in between lie beside `out` as `OUT.stage1` and so on until all is done (`OUT.hidden1` where the
+    hidden state is cut first); a dry run shows the first stage, since the others depend on what it leaves.
     """
-    stages = stages_of(recipe)
+    stages, word = stages_of(recipe), "stage"
+    if not stages and hidden_of(recipe) > 0:
+        ways = _in_two_ways(recipe, model)
+        if ways.first is None:
+            reporter.say(f"the hidden state stays as it is: {ways.alone}")
+            recipe = ways.then
+        else:
+            # a stage may itself be of two ways, and then goes on from a folder of that name
+            stages, word = [ways.first, ways.then], "hidden"
     if not stages or dry_run:
         return _job(stages[0] if stages else recipe, model, tokenizer, data, out, resume, overwrite, dry_run, reporter)
     if ranks.current().count > 1:
@@ -60,7 +72,7 @@ def run(
             reporter.say(f"{out} is already finished")
             return Result(finished, out, recipe.trust_remote_code)
         if model is None:
-            between = [out.with_name(f"{out.name}.stage{number}") for number in range(1, len(stages))]
+            between = [out.with_name(f"{out.name}.{word}{number}") for number in range(1, len(stages))]
         # a run that was killed at its very end has the output of its last stage, but not yet the joined report
         ended = resume and between and _finished(out, _reading(stages[-1], between[-1]))
         # on resuming, only the stage itself can tell whether what lies in its folder is its own
@@ -72,7 +84,7 @@ def run(
         reporter.say(f"stage {number} of {len(stages)}: {stage.method}")
         if number > 1 and between:
             stage = _reading(stage, between[number - 2])
-        result = _job(stage, model, tokenizer, data, folder, resume, overwrite, False, reporter)
+        result = run(stage, model, tokenizer, data, folder, resume=resume, overwrite=overwrite, reporter=reporter)
         reports.append(result.report)
         if model is not None:  # some stages make a new one
             model = result.model
@@ -91,6 +103,15 @@ def run(
 
 def _reading(stage: Recipe, folder: Path) -> Recipe:
     return stage.model_copy(update={"model": str(folder)})
+
+
+def _in_two_ways(recipe: Recipe, model: Model) -> TwoWays:
+    """How the hidden state and what a width method takes out share the amount, from the configuration alone."""
+    if model is not None:
+        return in_two_ways(recipe, model, copy.deepcopy(model.config))
+    trust = recipe.trust_remote_code
+    config = load_config(str(resolve(recipe.model)), trust_remote_code=trust)
+    return in_two_ways(recipe, build_skeleton(copy.deepcopy(config), torch.float32, trust_remote_code=trust), config)
 
 
 def _check(stages: list[Recipe]) -> None:
@@ -119,7 +140,7 @@ def _joined(recipe: Recipe, reports: list[dict[str, Any]], zeros: int) -> dict[s
             "peak_memory": {key: max(one[key] for one in peaks) for key in peaks[-1]},
             "notes": list(dict.fromkeys(note for one in runs for note in one["notes"])),
         },
-        "stages": reports,
+        "stages": [stage for one in reports for stage in one.get("stages", [one])],
     }
 
 

@@ -30,6 +30,7 @@ from llmprune.checkpoint.narrow import Room, check_shapes, holds, layer_entries,
 from llmprune.checkpoint.remote import add_entries
 from llmprune.checkpoint.skeleton import build_skeleton, rebuild_layers
 from llmprune.checkpoint.slicing import HIDDEN, Place, Slicing
+from llmprune.methods import allocation_of
 from llmprune.methods.structural import Narrow
 from llmprune.recipe import Recipe, nearest
 from llmprune.types import UserError
@@ -92,7 +93,7 @@ def plan_width(model: PreTrainedModel, config: Any, recipe: Recipe, usual: Seque
     `usual`: the units that go where the recipe names none, instead of `USUAL`.
     """
     check_width(recipe)
-    settings, spread = recipe.width, spread_of(recipe.allocation or "uniform")
+    settings, spread = recipe.width, spread_of(allocation_of(recipe))
     usual = usual or USUAL
     roles = Roles(model)
     depth = len(roles.layers)

@@ -139,7 +139,9 @@ def test_a_searched_model_has_exactly_the_parameters_that_were_asked_for(tmp_pat
         "width": {"generations": 3, "offspring": 6, "round_to": 2},
     }
     report = llmprune.prune(source, out=tmp_path / "out", **settings).report
-    assert report["recipe"]["method"] == "group-obs" and report["verified"].startswith("reloaded; logits equal")
+    assert report["stages"][1]["recipe"]["method"] == "group-obs" and report["verified"].startswith(
+        "reloaded; logits equal"
+    )
     # a step is two channels of one layer
     assert 24_000 - 2 * 96 < report["totals"]["params_after"] <= 24_000 and report["totals"]["zeros"] == 0
     history = report["structure"]["notes"]["search"]["kl"]

@@ -56,6 +56,7 @@ LAYERS = {
     "removal": 5,
     "narrowing": 5,
     "width_plan": 4,
+    "two_ways": 5,
     "stages": 6,
     "inspection": 5,
     "checking": 6,

@@ -101,6 +101,45 @@ def test_slicing_is_projecting_the_hidden_state(
     assert float((logits(result.model, ids) - logits(model, ids)).abs().max()) <= ROUNDING
 
 
+@pytest.mark.parametrize("width", [32, 24])
+def test_a_tied_head_stays_tied(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is the old model, all of its hidden states projected, and once more what its head reads."""
+    tied = copy.deepcopy(tiny.TINY["llama"])
+    tied.tie_word_embeddings = True
+    monkeypatch.setitem(tiny.TINY, "tied", tied)
+    model, ids = tiny.build("tied"), tiny.tokens(2, 12)
+    with torch.no_grad():
+        for name, one in model.named_parameters():
+            if "norm" in name:  # gains apart, so that they tell dimensions apart
+                one.copy_(torch.linspace(0.5, 1.5, len(one)))
+    source = tmp_path / "dense"
+    model.save_pretrained(source)
+    monkeypatch.setattr("llmprune.rotation_plan._widest", lambda plan, _: replace(plan, width=width))
+    settings: dict[str, Any] = {"method": "slicegpt", "ratio": 0.2, "calibration": TEXT}
+    result = llmprune.prune(source, out=tmp_path / "out", **settings)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert result.report["totals"]["params_after"] == sum(one.numel() for one in loaded.parameters())
+    memory = llmprune.prune(copy.deepcopy(model), **settings).model
+    assert memory.lm_head.weight is memory.model.embed_tokens.weight
+    # the rows of the new embeddings are the old ones in the basis, which they so betray
+    old, new = (one.get_input_embeddings().weight.detach().double() for one in (model, loaded))
+    basis = torch.linalg.lstsq(old, new).solution
+    assert torch.allclose(basis.T @ basis, torch.eye(width, dtype=torch.float64), atol=1e-4)
+    onto = (basis @ basis.T).float()
+
+    def project(_: Any, args: Any) -> None:
+        args[0].copy_(args[0] @ onto)  # what goes past a norm of a layer is the same tensor
+
+    modules = [model.model.norm, model.lm_head]
+    modules += [norm for one in model.model.layers for norm in (one.input_layernorm, one.post_attention_layernorm)]
+    for one in modules:
+        one.register_forward_pre_hook(project)
+    expected = logits(model, ids)
+    for one in (loaded, memory):
+        assert float((logits(one, ids) - expected).abs().max()) <= 3 * ROUNDING
+
+
 @pytest.mark.parametrize("layout", ["plain", "remote-code"])
 def test_amounts_are_reached_and_a_loaded_model_gives_the_same(layout: str, tmp_path: Path) -> None:
     source, ids = tiny.save("qwen3", tmp_path / "dense"), tiny.tokens(2, 12)

@@ -67,9 +67,12 @@ class Rotation:
         if turned.shared:
             (final,) = roles.final_norm
             kept_Dd = turned.bases[-1]
-            self._edits[final] = partial(_gain, kept=kept_Dd.shape[1])
-            gain_D = turned.gains[final.removesuffix(".weight")]
-            self._edits[self.head] = partial(_project, basis_Dd=gain_D[:, None] * kept_Dd, axis=1)
+            gained_Dd = turned.gains[final.removesuffix(".weight")][:, None] * kept_Dd
+            if roles.head is None:
+                self._edits[final] = partial(_gain, kept=kept_Dd.shape[1], gain_d=(kept_Dd * gained_Dd).sum(0))
+            else:
+                self._edits[final] = partial(_gain, kept=kept_Dd.shape[1])
+                self._edits[roles.head] = partial(_project, basis_Dd=gained_Dd, axis=1)
 
     @property
     def head(self) -> str:
@@ -102,6 +105,16 @@ def _project(tensor: torch.Tensor, basis_Dd: torch.Tensor, axis: int) -> torch.T
     return torch.cat(parts).view(*rows_RD.shape[:-1], -1).movedim(-1, axis)
 
 
-def _gain(tensor: torch.Tensor, kept: int) -> torch.Tensor:
+def _gain(tensor: torch.Tensor, kept: int, gain_d: torch.Tensor | float = 1.0) -> torch.Tensor:
     """The mean square is now over `kept` entries, but was over all of them."""
-    return torch.full((kept,), math.sqrt(len(tensor) / kept), dtype=torch.float64)
+    return torch.full((kept,), math.sqrt(len(tensor) / kept), dtype=torch.float64) * gain_d
+
+
+def aligned(basis_Dd: torch.Tensor, gain_D: torch.Tensor) -> torch.Tensor:
+    """Another basis of the same subspace, in which a gain of every old dimension is one of every new dimension.
+
+    So a norm before tied embeddings can keep its gain: with Q'GQ diagonal, (EQ)(Q'GQ) = E QQ'G Q differs from the EGQ of
+    a head of its own only by what embeddings E have outside of the subspace, and the gain brings into it.
+    """
+    vectors_dd: torch.Tensor = torch.linalg.eigh(basis_Dd.T @ (gain_D[:, None] * basis_Dd)).eigenvectors
+    return basis_Dd @ vectors_dd

@@ -69,7 +69,7 @@ METHODS = {
 class Preset(NamedTuple):
     """A named composition: what the recipe's keys of the same names are where it leaves them open.
 
-    `options`: the method's own, where the recipe does not set them.
+    `options`: the method's own, where the recipe does not set them. `hidden`: that of the recipe's `width`.
     """
 
     method: str
@@ -80,6 +80,7 @@ class Preset(NamedTuple):
     allocation: str = "uniform"
     options: Mapping[str, Any] = MappingProxyType({})
     paper: str | None = None
+    hidden: float = 0.0
 
 
 PRESETS = {
@@ -88,6 +89,7 @@ PRESETS = {
     "ria": Preset("scored", options={"score": "ria"}, paper="openreview:Tr0lPx9woF"),
     "wanda-adaptive": Preset("scored", options={"score": "wanda-adaptive"}, paper="arXiv:2306.11695"),
     "activation": Preset("scored", options={"score": "activation"}),
+    "slice-obs": Preset("group-obs", allocation="balanced", hidden=0.5),
     "ziplm": Preset("group-obs", options={"stream": "dense"}),
     "slimgpt": Preset("group-obs", paper="arXiv:2412.18110"),
     "osscar": Preset("group-obs", paper="arXiv:2403.12983"),
@@ -123,6 +125,18 @@ def allocation_of(recipe: Recipe) -> str:
         return recipe.allocation
     preset = PRESETS.get(recipe.method)
     return preset.allocation if preset and recipe.pattern == "unstructured" else "uniform"
+
+
+def hidden_of(recipe: Recipe) -> float:
+    """The share of what goes that the hidden state loses before a width method takes the rest.
+
+    A preset's share is not for a recipe that names units, or layers that keep their width.
+    """
+    width = recipe.width
+    if width.hidden is not None:
+        return width.hidden
+    preset = PRESETS.get(recipe.method)
+    return preset.hidden if preset and not (width.units or width.protect_first or width.protect_last) else 0.0
 
 
 def score_of(method: Any) -> Score:

@@ -35,7 +35,7 @@ from llmprune.eval import speed
 MODELS = ("tales-llama", "mix-qwen3", "tales-qwen3moe")
 RATIOS = (0.1, 0.2, 0.3)
 ALONE, PUBLISHED = "channels alone", "as published"
-DEFAULT = "default (group-obs)"
+DEFAULT = "default (slice-obs)"
 # Above this load other programs shared the two cores: times say little.
 QUIET = 1.3
 
@@ -59,7 +59,8 @@ REMOTE = {"layout": "remote-code"}
 SEARCH = {"allocation": "evolutionary", "width": {"generations": 12, "offspring": 16}, **REMOTE}
 FULL = {"compensate": "least-squares"}
 METHODS = {
-    DEFAULT: Way("group-obs", keys={"allocation": "balanced"}),
+    DEFAULT: Way("slice-obs", alone=False),
+    "group-obs balanced": Way("group-obs", keys={"allocation": "balanced"}),
     "group-obs uniform": Way("group-obs", alone=False),
     "group-obs rising": Way("group-obs", keys={"allocation": "rising", **REMOTE}, alone=False, plain=False),
     "ziplm (dense stream)": Way("group-obs", {"stream": "dense"}, {"allocation": "balanced"}),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmprune.arch.stream import Half, Stream
-from llmprune.checkpoint.rotation import Turned
+from llmprune.checkpoint.rotation import ROWS, Turned
 from llmprune.engine.stream import centred, check, written
 from llmprune.engine.trunk import States, Trunk
 from llmprune.methods.structural import TEXT
@@ -24,8 +24,10 @@ class SliceGPT:
     `layout=remote-code`: as published, a basis before every attention and MLP, found layer by layer on the stream as it
     has been sliced so far; two shortcut matrices a layer lead from one to the next; the last MLP writes in the old
     basis, so final norm and head stay. Plain: one basis for the whole model, from the dense model; each token counts
-    alike, as its norm would see it, at all places. Deviations: no random mixing of the axes at the end (it changes no
-    output), no damping (it changes no axis), and the mean is left alone where the norms do not subtract it.
+    alike, as its norm would see it, at all places. A head that is tied to the embeddings stays so: its rows are one place
+    more, and the last norm keeps of its gain what `checkpoint.rotation.aligned` says. Deviations: no random mixing of
+    the axes at the end (it changes no output), no damping (it changes no axis), and the mean is left alone where the
+    norms do not subtract it.
     """
 
     kind: ClassVar[str] = "width"
@@ -62,6 +64,8 @@ class SliceGPT:
                         states = _reduce(stream, states, width, turned)
         if shared:
             pooled_DD += covariance([_unit(one) for one in states])
+            if stream.roles.head is None:
+                pooled_DD += _of_head(trunk) * sum(one[..., 0].numel() for one in states)
             turned.bases = [principal(pooled_DD, width)] * (2 * trunk.depth + 1)
         return turned
 
@@ -76,6 +80,14 @@ def covariance(states: States) -> torch.Tensor:
     """The sum of x x' over all tokens, float64, on the CPU."""
     rows = [one.flatten(0, 1).double() for one in states]
     return torch.stack([one.T @ one for one in rows]).sum(0).cpu()
+
+
+@torch.no_grad()
+def _of_head(trunk: Trunk) -> torch.Tensor:
+    """The mean of e e' over the rows of a head that is tied to the embeddings, each of length 1, float64."""
+    embed: Any = trunk.model.get_input_embeddings()
+    rows = torch.arange(embed.num_embeddings, device=trunk.batches[0]["input_ids"].device).split(ROWS)
+    return covariance([_unit(embed(one[None])) for one in rows]) / embed.num_embeddings
 
 
 def _reduce(stream: Stream, states: States, width: int, turned: Turned) -> States:
