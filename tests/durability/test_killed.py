@@ -207,3 +207,17 @@ def test_a_failed_run_can_be_resumed_in_the_same_process(
     llmprune.prune(DEMO, **settings, resume=True)
     assert "no space left" in str(kept.value)
     assert product(tmp_path / "out") == product(whole)
+
+
+def test_interrupted_while_libraries_are_loaded() -> None:
+    program = """
+import os, runpy, signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "llmprune.cli":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("llmprune", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: interrupted\n")
