@@ -87,7 +87,8 @@ def _of_head(trunk: Trunk) -> torch.Tensor:
     """The mean of e e' over the rows of a head that is tied to the embeddings, each of length 1, float64."""
     embed: Any = trunk.model.get_input_embeddings()
     rows = torch.arange(embed.num_embeddings, device=trunk.batches[0]["input_ids"].device).split(ROWS)
-    return covariance([_unit(embed(one[None])) for one in rows]) / embed.num_embeddings
+    mean_DD: torch.Tensor = covariance([_unit(embed(one[None])) for one in rows]) / embed.num_embeddings
+    return mean_DD
 
 
 def _reduce(stream: Stream, states: States, width: int, turned: Turned) -> States:
