@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,7 +53,7 @@ class SliceGPT:
                 for number, half in enumerate(halves):
                     _fold(turned, layer, stream.prefix(index), half)
                     if shared:
-                        pooled_DD += covariance([_unit(one) for one in states])
+                        pooled_DD += covariance(_unit(one) for one in states)
                     states = [
                         state + centred(stream, written(trunk, index, batch, number, half, state))
                         for batch, state in enumerate(states)
@@ -63,7 +64,7 @@ class SliceGPT:
                     elif not shared:
                         states = _reduce(stream, states, width, turned)
         if shared:
-            pooled_DD += covariance([_unit(one) for one in states])
+            pooled_DD += covariance(_unit(one) for one in states)
             if stream.roles.head is None:
                 pooled_DD += _of_head(trunk) * sum(one[..., 0].numel() for one in states)
             turned.bases = [principal(pooled_DD, width)] * (2 * trunk.depth + 1)
@@ -76,10 +77,13 @@ def principal(covariance_DD: torch.Tensor, width: int) -> torch.Tensor:
     return vectors_DD.flip(1)[:, :width].contiguous()
 
 
-def covariance(states: States) -> torch.Tensor:
+def covariance(states: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum of x x' over all tokens, float64, on the CPU."""
-    rows = [one.flatten(0, 1).double() for one in states]
-    return torch.stack([one.T @ one for one in rows]).sum(0).cpu()
+    sum_DD = torch.zeros((), dtype=torch.float64)
+    for one in states:
+        x_TD = one.flatten(0, 1).double()
+        sum_DD = sum_DD.to(x_TD.device) + x_TD.T @ x_TD
+    return sum_DD.cpu()
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def _of_head(trunk: Trunk) -> torch.Tensor:
     """The mean of e e' over the rows of a head that is tied to the embeddings, each of length 1, float64."""
     embed: Any = trunk.model.get_input_embeddings()
     rows = torch.arange(embed.num_embeddings, device=trunk.batches[0]["input_ids"].device).split(ROWS)
-    mean_DD: torch.Tensor = covariance([_unit(embed(one[None])) for one in rows]) / embed.num_embeddings
+    mean_DD: torch.Tensor = covariance(_unit(embed(one[None])) for one in rows) / embed.num_embeddings
     return mean_DD
 
 
