@@ -125,7 +125,7 @@ def journal(work: Path) -> Path:
     ids=["list", "number", "null", "unit", "path", "short", "deep", "binary"],
 )
 def test_corrupted_journal(work: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    interrupted(work, 9, monkeypatch)
+    interrupted(work, 12, monkeypatch)
     place = 0 if line == "7" else 2  # the first line is of another kind
     lines = journal(work).read_text().splitlines()
     journal(work).write_text("\n".join([*lines[:place], line, *lines[place + 1 :]]) + "\n")
@@ -136,7 +136,7 @@ def test_corrupted_journal(work: Path, monkeypatch: pytest.MonkeyPatch, line: st
 
 
 def test_a_flipped_byte_in_a_finished_part(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(work, 9, monkeypatch)
+    interrupted(work, 12, monkeypatch)
     part = max((work / "out.partial").glob("model-*.safetensors"))
     content = bytearray(part.read_bytes())
     content[-5] ^= 1

@@ -71,7 +71,7 @@ def test_file_without_text(tmp_path: Path, name: str, content: str, field: str, 
 
 def test_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(UserError, match=r"a.txt cannot be read as .txt"):
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8 \(byte 0xff at position 0\); convert it"):
         calibration.read_documents(f"file:{tmp_path}/a.txt")
 
 
