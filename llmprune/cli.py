@@ -294,7 +294,6 @@ def _fail(code: int, text: str) -> NoReturn:
 
 def main() -> None:
     """Run the command line; user errors exit with 2, failed runs with 1, each with one message."""
-    interruption.listen()
     if ranks.launched() and sys.argv[1:] and sys.argv[1] not in SHARED:
         _fail(2, f"{sys.argv[1]} runs in one process: start it without torchrun")
     hint = HINTS.get("".join(sys.argv[1:2]), "")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,18 @@ def test_interrupted(whole: Path, tmp_path: Path, number: signal.Signals) -> Non
     resumes(out, whole)
 
 
+def verified_by(verify: Callable[..., object], tmp_path: Path) -> Ran:
+    """A run to `out` whose result is looked at by another function."""
+
+    def replace() -> None:
+        sys.modules["llmprune.job"].verify = verify  # type: ignore[attr-defined]
+
+    return Forked(*run(tmp_path / "out"), log=tmp_path / "log", before=replace).wait()
+
+
 def test_interrupted_while_it_is_verified(whole: Path, tmp_path: Path) -> None:
     # by then weights and config are all there, but nobody has looked at them yet
-    def interrupt_in_verification() -> None:
-        sys.modules["llmprune.job"].verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)  # type: ignore
-
-    ran = Forked(*run(tmp_path / "out"), log=tmp_path / "log", before=interrupt_in_verification).wait()
+    ran = verified_by(lambda *_, **__: os.kill(os.getpid(), signal.SIGINT), tmp_path)
     failed(ran)
     is_no_model(tmp_path / "out.partial")
     resumes(tmp_path / "out", whole)
@@ -140,11 +147,7 @@ def test_interrupted_where_python_drops_exceptions(whole: Path, tmp_path: Path) 
         Finalized()
         time.sleep(60)
 
-    ran = Forked(
-        *run(tmp_path / "out"),
-        log=tmp_path / "log",
-        before=lambda: setattr(sys.modules["llmprune.job"], "verify", verify),
-    ).wait()
+    ran = verified_by(verify, tmp_path)
     failed(ran)
     assert "interrupted" in ran.err
     resumes(tmp_path / "out", whole)
@@ -157,11 +160,7 @@ def test_an_interrupt_that_something_swallows_ends_the_run(whole: Path, tmp_path
             time.sleep(60)
         return "verified"
 
-    ran = Forked(
-        *run(tmp_path / "out"),
-        log=tmp_path / "log",
-        before=lambda: setattr(sys.modules["llmprune.job"], "verify", verify),
-    ).wait()
+    ran = verified_by(verify, tmp_path)
     failed(ran)
     assert "interrupted" in ran.err
     is_no_model(tmp_path / "out.partial")

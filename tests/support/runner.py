@@ -1,6 +1,6 @@
 """Runs of the command line: in this process, in a forked child that can be killed, or as a true process.
 
-In-process and forked runs use the real `main` of `llmprune.cli`, with its exit code, its stdout and its
+In-process and forked runs use the real `main` of the program, with its exit code, its stdout and its
 stderr; they only save the seconds of importing torch and transformers anew.
 """
 
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmprune import cli as command_line
+import llmprune.cli  # noqa: F401 (once, before any fork)
+from llmprune import __main__ as program
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ def product(folder: Path) -> dict[str, str]:
 
 
 def _main(arguments: Sequence[object]) -> int:
-    """The exit code of `llmprune.cli.main`, with a traceback printed for what escapes it, as Python does."""
+    """The exit code of the program, with a traceback printed for what escapes it, as Python does."""
     with _as_program(["llmprune", *map(str, arguments)]):
         try:
-            command_line.main()
+            program.main()
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except BaseException:  # noqa: BLE001 (whatever escapes is what a test wants to see)

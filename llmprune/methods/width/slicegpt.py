@@ -79,11 +79,8 @@ def principal(covariance_DD: torch.Tensor, width: int) -> torch.Tensor:
 
 def covariance(states: Iterable[torch.Tensor]) -> torch.Tensor:
     """The sum of x x' over all tokens, float64, on the CPU."""
-    sum_DD = torch.zeros((), dtype=torch.float64)
-    for one in states:
-        x_TD = one.flatten(0, 1).double()
-        sum_DD = sum_DD.to(x_TD.device) + x_TD.T @ x_TD
-    return sum_DD.cpu()
+    rows = (one.flatten(0, 1).double() for one in states)
+    return sum((x_TD.T @ x_TD for x_TD in rows), torch.zeros((), dtype=torch.float64)).cpu()
 
 
 @torch.no_grad()
